@@ -1,0 +1,1 @@
+"""The layers that every stack can use: limit, measure and watchdog."""
