@@ -1,1 +1,1 @@
-"""The layers that every stack can use: limit, measure and watchdog."""
+"""Layers that backends and the orchestrator share."""
