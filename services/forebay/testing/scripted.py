@@ -10,27 +10,47 @@ What it says is computed in `tokens`. How fast, how much and where it fails is a
 
 from __future__ import annotations
 
+import argparse
 import asyncio
+import contextlib
 import json
 import os
+import sys
 from collections import deque
-from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from enum import Enum
+from pathlib import Path
 from typing import cast
 
+import grpc
 from google.protobuf import json_format, struct_pb2
 
 from forebay.inference.v1 import inference_pb2 as pb
-from forebay.kit import failure
+from forebay.inference.v1 import inference_pb2_grpc
+from forebay.kit import failure, process, telemetry
+from forebay.kit.config import ServerSettings, parse_duration
 from forebay.kit.engine import SendLoad, SendPull
 from forebay.kit.layers.limit import Limit
 from forebay.kit.pipeline import Call, Event, Request, Send, Service
+from forebay.kit.rpc import INFERENCE_SERVICE, Context, Edge, InferenceServicer, write
+from forebay.kit.server import Register, serving
 from forebay.models.v1 import models_pb2 as models_pb
 from forebay.testing import tokens
 from forebay.testing.reply import Plan, compose, require, shortfalls
-from forebay.testing.script import ALL, BEFORE, OPTION, Chaos, Fault, Script, ScriptedModel, Trick, model_of
+from forebay.testing.script import (
+    ALL,
+    BEFORE,
+    DEFAULT_CAPABILITIES,
+    OPTION,
+    Chaos,
+    Fault,
+    Script,
+    ScriptedModel,
+    Trick,
+    model_of,
+)
 
 
 class ScriptedCrashError(Exception):
@@ -288,7 +308,8 @@ class ScriptedEngine:
         script = self._script(request.model, request.backend_options)
         fault = self._fault(request.model, script)
         since = _now()
-        if fault is not None and fault.at == BEFORE and fault.kind is not Trick.SKIP:
+        before = fault is not None and fault.at == BEFORE
+        if fault is not None and before and fault.kind not in (Trick.SKIP, Trick.ENCORE):
             if await self._go_wrong(fault):
                 return
             fault = None
@@ -308,7 +329,7 @@ class ScriptedEngine:
                         degradations=degradations,
                         weights=_weights(model),
                     )
-                    if fault is not None and fault.at == BEFORE:
+                    if fault is not None and before and fault.kind is Trick.SKIP:
                         talk.skip = True
                         fault = None
                     await talk.say(pb.GenerateResponse(started=started))
@@ -590,3 +611,160 @@ def _weights(model: ScriptedModel) -> pb.WeightIdentity:
 
 def _now() -> float:
     return asyncio.get_running_loop().time()
+
+
+class RawServicer(InferenceServicer):
+    """Writes the events of `Generate` as the engine numbered them, where the kit's edge would number them.
+
+    With it a lost or repeated event can be seen on the wire. The engine must have been made with `numbered`.
+    """
+
+    async def Generate(  # type: ignore[override]  # stubs know only generators
+        self, request: pb.GenerateRequest, context: Context
+    ) -> None:
+        """Streams a reply."""
+
+        async def send(event: Event) -> None:
+            await write(context, event)
+
+        async with self._edge.serve(context, f"{INFERENCE_SERVICE}/Generate") as span:
+            await self._engine.generate(self._call(request, context, span), send)
+
+
+def raw(engine: ScriptedEngine) -> Register:
+    """Returns what `serving(more=[...])` needs to serve an engine through `RawServicer`."""
+
+    def register(server: grpc.aio.Server, edge: Edge) -> list[str]:
+        inference_pb2_grpc.add_InferenceServiceServicer_to_server(RawServicer(engine, edge), server)
+        return [INFERENCE_SERVICE]
+
+    return register
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Serves a scripted engine as a process and returns its exit code."""
+    arguments = _parser().parse_args(argv)
+    tracing = telemetry.setup(
+        f"forebay-{arguments.name}",
+        telemetry.TelemetrySettings.model_validate({"otlp_endpoint": arguments.otlp}),
+    )
+    try:
+        asyncio.run(_serve(arguments, tracing))
+    finally:
+        tracing.shutdown()
+    return 0
+
+
+async def _serve(arguments: argparse.Namespace, tracing: telemetry.Telemetry) -> None:
+    with contextlib.ExitStack() as files:
+        journal = None
+        if arguments.journal is not None:
+            journal = files.enter_context(arguments.journal.open("a", buffering=1))
+
+        def note(record: Record) -> None:
+            if journal is not None:
+                journal.write(record.to_json() + "\n")
+
+        engine = ScriptedEngine(
+            name=arguments.name,
+            models=_models(arguments, arguments.models),
+            pullable=_models(arguments, arguments.pullable),
+            slots=arguments.slots,
+            queue=arguments.queue,
+            chaos=arguments.chaos,
+            numbered=arguments.raw,
+            on_change=note,
+        )
+        settings = ServerSettings.model_validate(
+            {"address": arguments.address, "grace": arguments.grace, "notice": arguments.notice}
+        )
+        async with serving(
+            settings,
+            inference=None if arguments.raw else engine,
+            models=engine,
+            more=[raw(engine)] if arguments.raw else [],
+            telemetry=tracing,
+        ) as up:
+            process.announce("scripted", up.address)
+            await asyncio.sleep(arguments.ready_delay)
+            await up.set_ready(True)
+            await process.until_stopped()
+
+
+def _models(arguments: argparse.Namespace, names: Sequence[str]) -> list[ScriptedModel]:
+    script = Script(
+        token_count=arguments.token_count,
+        reasoning_token_count=arguments.reasoning_token_count,
+        tool_call_count=arguments.tool_call_count,
+        token_delay=arguments.token_delay,
+        first_delay=arguments.first_delay,
+        progress_delay=arguments.progress_delay,
+        load_delay=arguments.load_delay,
+        unwind_delay=arguments.unwind_delay,
+        fault=arguments.fault,
+    )
+    return [
+        ScriptedModel(
+            name=name,
+            script=script,
+            capabilities=DEFAULT_CAPABILITIES - arguments.without,
+            context_token_count=arguments.context,
+            dimension_count=arguments.dimensions,
+            weights=arguments.weights,
+            loaded=not arguments.unloaded,
+        )
+        for name in names
+    ]
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m forebay.testing.scripted", description="Serves a scripted engine."
+    )
+
+    def seconds(text: str) -> float:
+        return parse_duration(text).total_seconds()
+
+    def names(text: str) -> list[str]:
+        return [name for name in text.split(",") if name]
+
+    def capabilities(text: str) -> frozenset[pb.Capability.ValueType]:
+        return frozenset(pb.Capability.Value(f"CAPABILITY_{name.upper()}") for name in names(text))
+
+    def chaos(text: str) -> Chaos:
+        seed, _, rate = text.partition(":")
+        return Chaos(seed=int(seed), rate=float(rate))
+
+    usual = Script()
+    parser.add_argument("--address", default="127.0.0.1:0", help="address to listen on")
+    parser.add_argument("--name", default="scripted", help="the backend's name in answers")
+    parser.add_argument("--models", type=names, default=["scripted"], help="models, with commas between")
+    parser.add_argument("--pullable", type=names, default=[], help="models that can be fetched")
+    parser.add_argument("--weights", default="", help="equal weights say the same; default: the model's name")
+    parser.add_argument("--without", type=capabilities, default=frozenset(), help="such as tools,seed")
+    parser.add_argument("--context", type=int, default=4096, help="tokens of prompt and reply together")
+    parser.add_argument("--dimensions", type=int, default=8, help="components of embeddings")
+    parser.add_argument("--unloaded", action="store_true", help="models are not in memory from the start")
+    parser.add_argument("--slots", type=int, help="most calls at once; default: no limit")
+    parser.add_argument("--queue", type=int, default=64, help="most calls that wait for a slot")
+    parser.add_argument("--token-count", type=int, default=usual.token_count)
+    parser.add_argument("--reasoning-token-count", type=int, default=usual.reasoning_token_count)
+    parser.add_argument("--tool-call-count", type=int, default=usual.tool_call_count)
+    parser.add_argument("--token-delay", type=seconds, default=usual.token_delay, help="such as 10ms")
+    parser.add_argument("--first-delay", type=seconds, default=usual.first_delay)
+    parser.add_argument("--progress-delay", type=seconds, default=usual.progress_delay)
+    parser.add_argument("--load-delay", type=seconds, default=usual.load_delay)
+    parser.add_argument("--unwind-delay", type=seconds, default=usual.unwind_delay)
+    parser.add_argument("--ready-delay", type=seconds, default=0.0, help="time until health says SERVING")
+    parser.add_argument("--fault", type=Fault.parse, help="such as UNAVAILABLE@3, STALL@before or EXIT@5x1")
+    parser.add_argument("--chaos", type=chaos, help="SEED:RATE, faults by chance")
+    parser.add_argument("--journal", type=Path, help="file for a line of JSON whenever a call begins or ends")
+    parser.add_argument("--raw", action="store_true", help="keep the engine's numbers, with their gaps")
+    parser.add_argument("--otlp", default="", help="OTLP endpoint for traces")
+    parser.add_argument("--grace", default="30s", help="how long calls may go on after SIGTERM")
+    parser.add_argument("--notice", default="200ms", help="time between NOT_SERVING and refusing")
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())
