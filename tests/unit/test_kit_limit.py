@@ -143,9 +143,7 @@ def test_a_permit_is_held_to_the_last_event_even_for_a_slow_client() -> None:
             begun.append(clock.now())
 
         async with asyncio.TaskGroup() as tasks:
-            tasks.create_task(
-                serve(limit, ask(token_count=4), sink=Sink(delay=1))
-            )  # 6 events
+            tasks.create_task(serve(limit, ask(token_count=4), sink=Sink(delay=1)))  # 6 events
             await settle()
             tasks.create_task(limit(Call(request=pb.EmbedRequest(model="scripted", texts=["a"])), note))
         return begun
