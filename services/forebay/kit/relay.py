@@ -91,7 +91,7 @@ async def relay_generate(
                     return
                 raise failure_of(error, backend, committed=committed) from error
             except asyncio.CancelledError as error:
-                if _is_ours():
+                if is_cancelled_here():
                     raise
                 if finished:
                     return
@@ -149,7 +149,7 @@ async def relay_unary(
     except _TRANSPORT as error:
         raise failure_of(error, backend, committed=False) from error
     except asyncio.CancelledError as error:
-        if _is_ours():
+        if is_cancelled_here():
             raise
         raise lost(backend, "its connection was closed", committed=False) from error
     finally:
@@ -204,7 +204,7 @@ def _ascii(text: str) -> str:
     return text.encode("ascii", "replace").decode()
 
 
-def _is_ours() -> bool:
+def is_cancelled_here() -> bool:
     """Whether the cancellation being handled was meant for this task.
 
     A call whose channel is closed under it raises `CancelledError` too. That is a lost peer, not

@@ -73,8 +73,8 @@ class MlxSettings(ServerSettings):
     )
     restart_wait: Duration = Field(
         timedelta(seconds=60),
-        description="How long a call waits for a worker that is being restarted. The first load of a model is "
-        "bound by `load_timeout` and the caller's deadline instead.",
+        description="How long a call waits for a worker that is being restarted. The first load of a model "
+        "is bound by `load_timeout` and the caller's deadline instead.",
     )
     restart_backoff_min: Duration = Field(
         timedelta(milliseconds=250), description="Wait before the first restart of a crashed worker."

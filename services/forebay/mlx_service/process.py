@@ -24,6 +24,7 @@ from forebay.inference.v1 import inference_pb2 as pb
 from forebay.inference.v1 import inference_pb2_grpc
 from forebay.kit.channel import connect
 from forebay.kit.process import STDIN_VARIABLE
+from forebay.kit.relay import is_cancelled_here
 from forebay.mlx_service.tool import Tail, read_lines
 
 if TYPE_CHECKING:
@@ -95,7 +96,9 @@ class WorkerProcess:
         self.pid = process.pid
         self.stub: InferenceServiceAsyncStub = inference_pb2_grpc.InferenceServiceStub(channel)
         self.tail = Tail()
-        self._health = health_pb2_grpc.HealthStub(channel)
+        self._check: grpc.aio.UnaryUnaryMultiCallable[
+            health_pb2.HealthCheckRequest, health_pb2.HealthCheckResponse
+        ] = health_pb2_grpc.HealthStub(channel).Check  # type: ignore[attr-defined]  # stubs know no health stub
         self._process = process
         self._channel = channel
         self._on_exit = on_exit
@@ -111,11 +114,11 @@ class WorkerProcess:
     async def is_well(self, timeout: float) -> bool:
         """Returns whether it says within so many seconds that it serves."""
         try:
-            answer = await self._health.Check(health_pb2.HealthCheckRequest(), timeout=timeout)
+            answer = await self._check(health_pb2.HealthCheckRequest(), timeout=timeout)
         except (grpc.aio.AioRpcError, grpc.aio.UsageError):
             return False
         except asyncio.CancelledError:
-            if _is_ours():
+            if is_cancelled_here():
                 raise
             return False  # the channel was closed because the process ended
         return bool(answer.status == health_pb2.HealthCheckResponse.SERVING)
@@ -127,7 +130,7 @@ class WorkerProcess:
         except (grpc.aio.AioRpcError, grpc.aio.UsageError):
             return None
         except asyncio.CancelledError:
-            if _is_ours():
+            if is_cancelled_here():
                 raise
             return None
         return answer.models[0] if answer.models else None
@@ -241,10 +244,4 @@ def _private_folder() -> Path:
     if len(os.fsencode(folder)) + len("/999999.sock") <= _SOCKET_BYTES:
         return folder
     folder.rmdir()
-    return Path(tempfile.mkdtemp(prefix="forebay-mlx-", dir="/tmp"))  # noqa: S108 - the folder made is private
-
-
-def _is_ours() -> bool:
-    """Whether the cancellation being handled was meant for this task, and not for the call it awaits."""
-    task = asyncio.current_task()
-    return task is None or task.cancelling() > 0
+    return Path(tempfile.mkdtemp(prefix="forebay-mlx-", dir="/tmp"))

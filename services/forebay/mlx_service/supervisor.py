@@ -2,7 +2,8 @@
 
 A model's life:
 
-    AVAILABLE --asked for--> LOADING --worker serves--> ACTIVE --unload, idle, room--> UNLOADING --gone--> AVAILABLE
+    AVAILABLE --asked for--> LOADING --worker serves--> ACTIVE
+    ACTIVE --unloaded, unused, or others need the room--> UNLOADING --worker gone--> AVAILABLE
     LOADING --worker exits 3, or too late--> FAILED --asked for again, not too soon--> LOADING
     LOADING, ACTIVE --worker ends or falls silent--> LOADING, after a wait that doubles
     LOADING, ACTIVE --too many such ends--> QUARANTINED --loaded by name--> LOADING
@@ -273,11 +274,11 @@ class Supervisor:
             force: whether calls in progress are broken off rather than waited for.
         """
         residence = self.residence(model_id)
+        attempt = residence.attempts
         if residence.kept:
-            attempt = residence.attempts
             residence.stop(force=force)
-            while residence.kept and residence.attempts == attempt:
-                await residence.change()
+        while residence.kept and residence.attempts == attempt:
+            await residence.change()
         return residence
 
     async def _ready(self, residence: Residence, prepare: Prepare, waiting: Waiting) -> Worker:
@@ -334,8 +335,8 @@ class Supervisor:
 
     async def _keep(self, residence: Residence, prepare: Prepare) -> None:
         """Keeps one model in memory until it is stopped, cannot be loaded, or crashes too often."""
-        state, failure = State.AVAILABLE, None
-        detail = ""
+        state, detail = State.AVAILABLE, ""
+        failure: Failure | None = None
         try:
             await self._make_room(residence)
             folder = await self._prepare(residence, prepare)
@@ -413,7 +414,8 @@ class Supervisor:
                 count = len(residence.crashes)
                 return Outcome(
                     End.CRASHED,
-                    f"its worker was lost {count} times within {window:g}s, the last time because {outcome.detail}",
+                    f"its worker was lost {count} times within {window:g}s, "
+                    f"the last time because {outcome.detail}",
                 )
             if residence.restarting_since is None:
                 residence.restarting_since = now
@@ -422,7 +424,7 @@ class Supervisor:
                 return Outcome(End.STOPPED)
 
     def _backoff(self, crashes: int) -> float:
-        """Seconds before the next start: doubling, and spread so that several workers do not start in step."""
+        """Seconds before the next start: doubling, and spread so that workers do not start in step."""
         shortest = self._settings.restart_backoff_min.total_seconds()
         longest = self._settings.restart_backoff_max.total_seconds()
         return min(longest, shortest * 2.0 ** (crashes - 1)) * (1 - self._jitter() / 2)
@@ -499,7 +501,7 @@ class Supervisor:
                 return Outcome(End.STOPPED, "")
 
     async def _is_well(self, residence: Residence, worker: Worker) -> bool:
-        """Gives a worker `health_timeout` to say that it is well; new calls wait from its first silence on."""
+        """Gives a worker `health_timeout` to say that it is well; new calls wait from its first silence."""
         deadline = _now() + self._settings.health_timeout.total_seconds()
         while worker.exit_code is None and (left := deadline - _now()) > 0:
             if await worker.is_well(left):
