@@ -97,7 +97,8 @@ def top_tokens(logprobs: Array, count: int) -> list[tuple[int, float]]:
     if count <= 0:
         return []
     count = min(count, logprobs.shape[-1])
-    order = mx.argsort(-logprobs)[:count]
-    values = logprobs[order]
+    order: Array = mx.argsort(-logprobs)[:count]
+    values: Array = logprobs[order]
     mx.eval(order, values)
-    return [(int(t), float(v)) for t, v in zip(order.tolist(), values.tolist(), strict=True) if v > -1e30]
+    pairs: list[tuple[int, float]] = list(zip(order.tolist(), values.tolist(), strict=True))
+    return [(token, value) for token, value in pairs if value > -1e30]  # a format's mask leaves fewer

@@ -31,7 +31,7 @@ import queue
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
 from functools import partial
@@ -54,7 +54,7 @@ ROW_RETRIES = 2
 IDLE_SECONDS = 1.0
 """Idle time after which freed buffers go back to the system. Shorter would thrash between two requests."""
 
-Loader: TypeAlias = Callable[[], tuple[object, Sequence[int]]]
+Loader: TypeAlias = Callable[[], tuple[object, Collection[int]]]
 """Loads a model on the engine's thread. Returns it and the tokens that end a reply."""
 
 
@@ -236,6 +236,8 @@ class Engine:
         # On the event loop:
         self._outstanding = 0
         self._stopping = False
+        self.vocabulary_size = 0
+        """Tokens that the model knows; 0 until it is loaded. It may be more than its tokenizer knows."""
         self._row_seconds = 1.0
         # On the engine's thread:
         self._batch: Batch
@@ -301,9 +303,10 @@ class Engine:
             faults=self._faults,
         )
 
-    async def ended(self) -> None:
-        """Returns when the thread has ended, because it was stopped or because it failed for good."""
-        await asyncio.shield(self._ended)
+    @property
+    def has_ended(self) -> bool:
+        """Whether the thread has ended, because it was stopped or because it failed for good."""
+        return self._ended.done()
 
     async def stop(self, *, timeout: float) -> None:
         """Ends all rows and the thread.
@@ -312,7 +315,7 @@ class Engine:
             TimeoutError: the thread is stuck in a step.
         """
         self._stopping = True
-        if not self._thread.ident:
+        if self._thread.ident is None:
             return
         self._commands.put(self._stop)
         async with asyncio.timeout(timeout):
@@ -355,7 +358,7 @@ class Engine:
                 if self._live:
                     self._step()
                 self._flush()
-        except BaseException as fatal:  # noqa: BLE001  # reported: the thread has nobody above it
+        except BaseException as fatal:  # reported: the thread has nobody above it
             error = fatal
             log.error("the engine ended: %s", type(fatal).__name__, exc_info=fatal)
         finally:
@@ -380,12 +383,16 @@ class Engine:
         )
 
     def _warm_up(self) -> None:
-        """Runs the model once, so that the first request neither compiles kernels nor finds out it is broken."""
+        """Runs the model once, so that no request has to compile kernels or find out that it is broken."""
         uid = self._batch.insert(
             (0,) * 8, most=3, sampler=sampler(SamplingParams(temperature=0), position=0), processors=()
         )
-        while not any(g.ended for g in self._batch.step()[1]):
-            pass
+        while True:
+            _, written = self._batch.step()
+            if written:
+                self.vocabulary_size = int(written[0].logprobs.shape[-1])
+            if any(token.ended for token in written):
+                break
         self._batch.remove(uid)
         mx.clear_cache()
 
@@ -510,7 +517,8 @@ class Engine:
         live.suspect = False
         live.written.append(generated.token)
         if generated.token not in self._end_tokens:
-            logprob, top = None, ()
+            logprob: float | None = None
+            top: tuple[tuple[int, float], ...] = ()
             if live.row.top_logprobs is not None:
                 logprob = float(generated.logprobs[generated.token].item())
                 top = tuple(top_tokens(generated.logprobs, live.row.top_logprobs))

@@ -19,7 +19,7 @@ def load_weights(path: Path) -> object:
         model, _ = load_model(path, lazy=False, strict=True, trust_remote_code=False)
     except Exception as error:
         raise _failed(path, "its weights", error) from error
-    return model  # type: ignore[no-any-return]  # mlx-lm has no types
+    return model
 
 
 def load_words(path: Path) -> TokenizerWrapper:

@@ -68,11 +68,15 @@ def sampler(params: SamplingParams, *, position: int) -> Sampler:
     temperature = round(params.temperature, _DECIMALS)
     if temperature == 0:
         return _greedy
-    top_p = round(params.top_p, _DECIMALS)
-    min_p = round(params.min_p, _DECIMALS)
+    likely = _Likely(
+        scale=1.0 / temperature,
+        top_p=round(params.top_p, _DECIMALS),
+        top_k=params.top_k,
+        min_p=round(params.min_p, _DECIMALS),
+    )
     if params.seed is None:
-        return _shared(temperature, top_p, params.top_k, min_p)
-    return _Seeded(temperature, top_p, params.top_k, min_p, params.seed, position)
+        return _shared(likely)
+    return _Seeded(likely, seed=params.seed, position=position)
 
 
 def processors(params: SamplingParams, *, prompt_count: int) -> list[Processor]:
@@ -97,10 +101,46 @@ def _greedy(logprobs: Array) -> Array:
     return mx.argmax(logprobs, axis=-1)
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Likely:
+    """Which tokens are likely enough to be drawn."""
+
+    scale: float
+    top_p: float
+    top_k: int
+    min_p: float
+
+    def draw(self, logprobs: Array, key: Array | None) -> Array:
+        """Draws a token a row among the likely: by rank, then by mass, then by share of the likeliest."""
+        vocabulary = logprobs.shape[-1]
+        ranks = min(self.top_k or vocabulary, vocabulary)
+        if ranks == vocabulary and self.top_p >= 1.0 and self.min_p <= 0.0:
+            return mx.random.categorical(logprobs * self.scale, key=key)
+        # One sort serves all three rules, and the draw is made among the sorted tokens.
+        if ranks < vocabulary:
+            best = mx.argpartition(-logprobs, kth=ranks - 1, axis=-1)[..., :ranks]
+            within = mx.argsort(-mx.take_along_axis(logprobs, best, axis=-1), axis=-1)
+            order = mx.take_along_axis(best, within, axis=-1)
+        else:
+            order = mx.argsort(-logprobs, axis=-1)
+        ranked = mx.take_along_axis(logprobs, order, axis=-1).astype(mx.float32)
+        kept = mx.arange(ranks) == 0  # rounding must never leave nothing: the likeliest token stays
+        if self.top_p < 1.0:
+            mass = mx.exp(ranked)
+            before = mx.cumsum(mass, axis=-1) - mass
+            ranked = mx.where(
+                kept | (before < self.top_p * mass.sum(axis=-1, keepdims=True)), ranked, -mx.inf
+            )
+        if self.min_p > 0.0:
+            ranked = mx.where(kept | (ranked >= ranked[..., :1] + math.log(self.min_p)), ranked, -mx.inf)
+        rank = mx.random.categorical(ranked * self.scale, key=key)
+        return mx.take_along_axis(order, rank[..., None], axis=-1).squeeze(-1)
+
+
 @lru_cache(maxsize=128)
-def _shared(temperature: float, top_p: float, top_k: int, min_p: float) -> Sampler:
+def _shared(likely: _Likely) -> Sampler:
     def sample(logprobs: Array) -> Array:
-        return _draw(logprobs, 1.0 / temperature, top_p, top_k, min_p, None)
+        return likely.draw(logprobs, None)
 
     return sample
 
@@ -108,18 +148,15 @@ def _shared(temperature: float, top_p: float, top_k: int, min_p: float) -> Sampl
 class _Seeded:
     """Draws with keys made of seed and position, one a call."""
 
-    def __init__(
-        self, temperature: float, top_p: float, top_k: int, min_p: float, seed: int, position: int
-    ) -> None:
-        self._scale = 1.0 / temperature
-        self._top_p, self._top_k, self._min_p = top_p, top_k, min_p
+    def __init__(self, likely: _Likely, *, seed: int, position: int) -> None:
+        self._likely = likely
         self._seed = seed
         self._position = position
 
     def __call__(self, logprobs: Array) -> Array:
         key = mx.random.key(_mix(self._seed, self._position))
         self._position += 1
-        return _draw(logprobs, self._scale, self._top_p, self._top_k, self._min_p, key)
+        return self._likely.draw(logprobs, key)
 
 
 def _mix(seed: int, position: int) -> int:
@@ -128,28 +165,6 @@ def _mix(seed: int, position: int) -> int:
     z = ((z ^ (z >> 30)) * 0xBF58476D1CE4E5B9) & _MASK64
     z = ((z ^ (z >> 27)) * 0x94D049BB133111EB) & _MASK64
     return z ^ (z >> 31)
-
-
-def _draw(logprobs: Array, scale: float, top_p: float, top_k: int, min_p: float, key: Array | None) -> Array:
-    """Draws a token a row from what is likely: by rank first, then by mass, then by share of the likeliest."""
-    vocabulary = logprobs.shape[-1]
-    if not (0 < top_k < vocabulary or top_p < 1.0 or min_p > 0.0):
-        return mx.random.categorical(logprobs * scale, key=key)
-    # One sort serves all three rules, and the draw is made among the sorted tokens.
-    order = mx.argsort(-logprobs, axis=-1)
-    ranked = mx.take_along_axis(logprobs, order, axis=-1).astype(mx.float32)
-    if 0 < top_k < vocabulary:
-        ranked = mx.where(mx.arange(vocabulary) < top_k, ranked, -mx.inf)
-    if top_p < 1.0:
-        mass = mx.exp(ranked)
-        before = mx.cumsum(mass, axis=-1) - mass
-        ranked = mx.where(before < top_p * mass.sum(axis=-1, keepdims=True), ranked, -mx.inf)
-    if min_p > 0.0:
-        ranked = mx.where(ranked >= ranked[..., :1] + math.log(min_p), ranked, -mx.inf)
-    # Rounding must never leave nothing: the likeliest token always stays.
-    ranked = mx.where(mx.arange(vocabulary) == 0, mx.maximum(ranked, -1e30), ranked)
-    rank = mx.random.categorical(ranked * scale, key=key)
-    return mx.take_along_axis(order, rank[..., None], axis=-1).squeeze(-1)
 
 
 def _repetition(penalty: float) -> Processor:
