@@ -23,6 +23,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from forebay.inference.v1 import inference_pb2 as pb
 from forebay.inference.v1 import inference_pb2_grpc
 from forebay.kit.channel import connect
+from forebay.kit.failure import printable
 from forebay.kit.process import STDIN_VARIABLE
 from forebay.kit.relay import is_cancelled_here
 from forebay.mlx_service.tool import Tail, read_lines
@@ -94,6 +95,8 @@ class WorkerProcess:
         self, process: asyncio.subprocess.Process, channel: grpc.aio.Channel, on_exit: Callable[[], None]
     ) -> None:
         self.pid = process.pid
+        self.is_bound = False
+        """Whether its socket is there. Connecting earlier fails, and then gRPC waits before it tries again."""
         self.stub: InferenceServiceAsyncStub = inference_pb2_grpc.InferenceServiceStub(channel)
         self.tail = Tail()
         self._check: grpc.aio.UnaryUnaryMultiCallable[
@@ -113,6 +116,8 @@ class WorkerProcess:
 
     async def is_well(self, timeout: float) -> bool:
         """Returns whether it says within so many seconds that it serves."""
+        if not self.is_bound:
+            return False
         try:
             answer = await self._check(health_pb2.HealthCheckRequest(), timeout=timeout)
         except (grpc.aio.AioRpcError, grpc.aio.UsageError):
@@ -212,11 +217,14 @@ class Launcher:
 
         def on_line(line: str) -> None:
             worker.tail.add(line)
-            logger.info("worker %d: %s", worker.pid, line)
+            sys.stderr.write(f"{printable(line)}\n")  # it is a log line already
+
+        def on_output(line: str) -> None:
+            worker.is_bound = worker.is_bound or " listening on " in line
 
         try:
             async with asyncio.TaskGroup() as tasks:
-                tasks.create_task(read_lines(process.stdout, lambda line: None))
+                tasks.create_task(read_lines(process.stdout, on_output))
                 tasks.create_task(read_lines(process.stderr, on_line))
                 tasks.create_task(worker.watch())
                 try:

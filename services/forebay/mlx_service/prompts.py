@@ -42,7 +42,9 @@ def tool_specs(tools: Iterable[pb.Tool]) -> list[dict[str, object]]:
             "function": {
                 "name": tool.name,
                 "description": tool.description,
-                "parameters": json.loads(tool.parameters_json_schema or '{"type": "object", "properties": {}}'),
+                "parameters": json.loads(
+                    tool.parameters_json_schema or '{"type": "object", "properties": {}}'
+                ),
             },
         }
         for tool in tools

@@ -48,7 +48,7 @@ Prepare: TypeAlias = Callable[[Report], Awaitable[Path]]
 Waiting: TypeAlias = Callable[["Residence"], Awaitable[None]]
 """Is told again and again that a caller is waiting for a model."""
 
-_POLL = 0.1
+_POLL = 0.05
 """Seconds between two questions whether a worker has loaded its model, or is well again."""
 
 _TELL = 1.0
@@ -536,7 +536,7 @@ def _how(worker: Worker, code: int) -> str:
             return f"{how} ({worker.tail()[-1]})" if worker.tail() else how
     tail = worker.tail()
     if code == LOAD_FAILED and tail:
-        return tail[-1]
+        return tail[-1].removeprefix("forebay mlx-worker: ")
     return f"it ended with exit code {code}" + (f" ({tail[-1]})" if tail else "")
 
 
