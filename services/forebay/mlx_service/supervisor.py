@@ -127,6 +127,12 @@ class Residence:
         words += [self.detail] if self.detail else []
         return f"<{self.id} {' '.join(words)}>"
 
+    @property
+    def usable(self) -> Worker | None:
+        """The worker, if it serves and nothing is known against it, not even since a moment ago."""
+        worker = self.worker
+        return None if worker is None or self.suspect or worker.exit_code is not None else worker
+
     def become(self, state: State, detail: str = "") -> None:
         """Changes the state and tells all who wait."""
         if state is not self.state:
@@ -285,8 +291,8 @@ class Supervisor:
         """Waits until the model is in memory; whoever comes first has it loaded."""
         seen = residence.attempts - 1 if residence.kept else residence.attempts
         while True:
-            if residence.state is State.ACTIVE and residence.worker is not None and not residence.suspect:
-                return residence.worker
+            if (worker := residence.usable) is not None:
+                return worker
             if not residence.kept:
                 self._raise_if_refused(residence, seen)
                 self._begin(residence, prepare)
