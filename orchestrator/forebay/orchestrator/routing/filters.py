@@ -72,11 +72,16 @@ def drained(question: Question) -> str | None:
 
 def model(question: Question) -> str | None:
     """Refuses backends that do not have the model."""
-    if not question.endpoint.are_models_known:
-        return "its models are not known yet"
-    if question.found is None:
-        return f"it has no model {question.model}"
-    if question.found.state == pb.Model.STATE_QUARANTINED:
+    if question.endpoint.are_models_known:
+        return f"it has no model {question.model}" if question.found is None else None
+    # Of one that was never reached, why it cannot be reached says more; that is for the filters below.
+    is_up = question.endpoint.is_reachable and question.endpoint.is_serving
+    return "its models are not known yet" if is_up else None
+
+
+def quarantine(question: Question) -> str | None:
+    """Refuses models that crashed too often."""
+    if question.found is not None and question.found.state == pb.Model.STATE_QUARANTINED:
         return f"model {question.found.id} crashed too often; load it by name to try again"
     return None
 
@@ -128,6 +133,7 @@ FILTERS: Sequence[tuple[str, Filter]] = (
     # The model before the state: "it has no such model" holds however healthy the backend is, and it is by
     # this order that a model nobody has is told from one that cannot be served now.
     ("model", model),
+    ("quarantine", quarantine),
     ("capability", capability),
     ("context", context),
     ("reachable", reachable),

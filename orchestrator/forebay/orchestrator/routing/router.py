@@ -19,6 +19,7 @@ from forebay.kit.failure import (
     ContextExceeded,
     Failure,
     ModelNotFound,
+    ModelQuarantined,
     NoBackend,
     QueueFull,
 )
@@ -88,14 +89,15 @@ class Decision:
         metadata = {"model": self.model} | {
             f"refused.{candidate.name}": candidate.refused_by for candidate in self.candidates
         }
-        # Backends that have no such model do not stand in the way of anything, so they are left out of
-        # the question what does.
-        serious = [c for c in self.candidates if c.refused_by not in _NOT_CONCERNED]
+        # Whoever has no such model, or was never heard of, says nothing about why it cannot be served now.
+        serious = [c for c in self.candidates if c.model is not None and c.refused_by not in _NOT_CONCERNED]
         by = {candidate.refused_by for candidate in serious}
-        if not serious:
-            known = [c for c in self.candidates if c.endpoint.are_models_known]
-            if known and not any(c.refused_by == "tried" for c in self.candidates):
-                return ModelNotFound(f"no backend has a model {self.model} ({listed})", metadata=metadata)
+        if not serious and any(c.refused_by == "model" and c.endpoint.are_models_known for c in self.candidates):
+            # A backend that was never reached may have it. A misspelt name is far more likely, and a caller
+            # who is told UNAVAILABLE would try it again for ever.
+            return ModelNotFound(f"no backend has a model {self.model} ({listed})", metadata=metadata)
+        if by == {"quarantine"}:
+            return ModelQuarantined(f"model {self.model} crashed too often ({listed})", metadata=metadata)
         if by == {"capability"}:
             return CapabilityUnsupported(
                 f"no backend can do what is asked with model {self.model} ({listed})", metadata=metadata
@@ -119,6 +121,7 @@ class Decision:
 
 
 _NOT_CONCERNED = frozenset({"allowed", "tried", "model"})
+"""Filters whose refusal is no obstacle that could go away."""
 
 
 class Router:
