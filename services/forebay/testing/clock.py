@@ -140,6 +140,9 @@ def now() -> float:
 
 
 def _describe(task: asyncio.Task[Any]) -> str:
-    frames = task.get_stack(limit=1)
-    where = f"{frames[-1].f_code.co_filename}:{frames[-1].f_lineno}" if frames else "not begun"
-    return f"{task.get_name()} {getattr(task.get_coro(), '__qualname__', '?')} at {where}"
+    name, where = getattr(task.get_coro(), "__qualname__", "?"), "not begun"
+    inner: Any = task.get_coro()
+    while (frame := getattr(inner, "cr_frame", None)) is not None:  # down to the await that waits
+        where = f"{frame.f_code.co_filename}:{frame.f_lineno}"
+        inner = inner.cr_await
+    return f"{task.get_name()} {name} at {where}"
