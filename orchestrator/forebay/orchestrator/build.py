@@ -72,9 +72,7 @@ class Orchestrator:
             backend, aliases=aliases, clock=self._clock, source=self._source, on_change=feed.publish
         )
         channel = connect(backend.address, tls_roots=backend.tls_roots)
-        endpoint.service = endpoint_stack(
-            endpoint, channel=Channel(channel, backend.name), clock=self._clock
-        )
+        endpoint.service = endpoint_stack(endpoint, channel=Channel(channel, backend.name), clock=self._clock)
         probe = Probe(endpoint, channel, self.settings.probe, source=self._source)
         return Member(endpoint=endpoint, channel=channel, probe=probe)
 

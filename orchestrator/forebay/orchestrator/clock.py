@@ -6,4 +6,4 @@ from collections.abc import Callable
 from typing import TypeAlias
 
 Clock: TypeAlias = Callable[[], float]
-"""Returns seconds that never go back. In a process this is the running loop's clock; tests bring their own."""
+"""Returns seconds that never go back. In a process it is the running loop's clock; tests bring their own."""

@@ -20,24 +20,31 @@ class BreakerSettings(Settings):
     """When calls are kept away from a backend that fails, and for how long."""
 
     consecutive_failures: int = Field(
-        5,
+        default=5,
         ge=1,
-        description="Hard failures in a row that open the breaker. Five is what Envoy and Finagle use: one or "
+        description="Hard failures in a row that open the breaker. Five, as Envoy and Finagle do: one or "
         "two happen to a healthy server that restarts a worker.",
     )
     success_rate: Fraction = Field(
-        0.5, description="Share of calls in the window that must succeed. 0 switches this condition off."
+        default=0.5,
+        description="Share of calls in the window that must succeed. 0 switches this condition off.",
     )
-    window: Duration = Field(timedelta(seconds=30), description="How far back the success rate looks.")
+    window: Duration = Field(
+        default=timedelta(seconds=30), description="How far back the success rate looks."
+    )
     min_samples: int = Field(
-        10, ge=1, description="Calls in the window below which the success rate says nothing."
+        default=10, ge=1, description="Calls in the window below which the success rate says nothing."
     )
-    open_min: Duration = Field(timedelta(seconds=1), description="How long the breaker opens the first time.")
+    open_min: Duration = Field(
+        default=timedelta(seconds=1), description="How long the breaker opens the first time."
+    )
     open_max: Duration = Field(
-        timedelta(seconds=60), description="Longest opening. Each opening in a row lasts twice as long."
+        default=timedelta(seconds=60),
+        description="Longest opening. Each opening in a row lasts twice as long.",
     )
     jitter: Fraction = Field(
-        0.5, description="Share of an opening that is random, so that several callers do not return as one."
+        default=0.5,
+        description="Share of an opening that is random, so that several callers do not return as one.",
     )
 
     @model_validator(mode="after")
@@ -54,27 +61,31 @@ class BackendSettings(Settings):
 
     name: Name = Field(description="Name of the backend, unique among the backends.")
     framework: str = Field(
-        "", description="Framework behind it: mlx, ollama, lmstudio or openai. Empty takes the name."
+        default="", description="Framework behind it: mlx, ollama, lmstudio or openai. Empty takes the name."
     )
     address: Address = Field(description="Address at which its Forebay service listens.")
-    enabled: bool = Field(True, description="Whether it is used at all.")
+    enabled: bool = Field(default=True, description="Whether it is used at all.")
     slots: int = Field(
-        0, ge=0, description="Calls it may serve at once. 0 leaves the limit to the backend's own service."
+        default=0,
+        ge=0,
+        description="Calls it may serve at once. 0 leaves the limit to the backend's own service.",
     )
     queue: int = Field(
-        64, ge=0, description="Calls that may wait for a slot before others are refused. Only with slots."
+        default=64,
+        ge=0,
+        description="Calls that may wait for a slot before others are refused. Only with slots.",
     )
-    weight: Fraction = Field(1.0, description="How much it is preferred when all else is equal.")
+    weight: Fraction = Field(default=1.0, description="How much it is preferred when all else is equal.")
     first_event_timeout: Duration = Field(
-        timedelta(minutes=2),
+        default=timedelta(minutes=2),
         description="Longest silence before the first event. A backend that loads a model or reads a long "
         "prompt sends progress meanwhile, which counts as a sign of life.",
     )
     between_events_timeout: Duration = Field(
-        timedelta(seconds=30), description="Longest silence between two events. 0 is no limit."
+        default=timedelta(seconds=30), description="Longest silence between two events. 0 is no limit."
     )
     tls_roots: Path | None = Field(
-        None, description="PEM file with the roots to trust. Unset connects without TLS."
+        default=None, description="PEM file with the roots to trust. Unset connects without TLS."
     )
     breaker: BreakerSettings = Field(
         default_factory=BreakerSettings, description="When calls are kept away from it."
@@ -93,22 +104,24 @@ has no server to find by itself."""
 class RetrySettings(Settings):
     """How often a call may be tried again."""
 
-    max_attempts: int = Field(3, ge=1, description="Most attempts of one call, the first one included.")
+    max_attempts: int = Field(
+        default=3, ge=1, description="Most attempts of one call, the first one included."
+    )
     budget_ratio: Fraction = Field(
-        0.2,
+        default=0.2,
         description="Retries for each call, over all calls. 0.2 lets one call in five be tried again: enough "
         "for a lost backend's calls to move, too little to multiply an overload.",
     )
     budget_per_second: float = Field(
-        10.0,
+        default=10.0,
         ge=0.0,
         description="Retries a second that are free of that, so that a quiet orchestrator can retry too.",
     )
     backoff_min: Duration = Field(
-        timedelta(milliseconds=100), description="First wait before the same backend is tried again."
+        default=timedelta(milliseconds=100), description="First wait before the same backend is tried again."
     )
     backoff_max: Duration = Field(
-        timedelta(seconds=5),
+        default=timedelta(seconds=5),
         description="Longest wait. A backend that asks for more is not tried again by this call.",
     )
 
@@ -117,60 +130,67 @@ class ScorerWeights(Settings):
     """How much each score counts when backends are compared."""
 
     preference: float = Field(
-        100.0,
+        default=100.0,
         ge=0.0,
         description="The order of `routing.backends`. Far above the rest, for the caller said so.",
     )
     loaded: float = Field(
-        4.0, ge=0.0, description="The model is in memory. Loading one takes longer than most answers."
+        default=4.0, ge=0.0, description="The model is in memory. Loading one takes longer than most answers."
     )
-    load: float = Field(3.0, ge=0.0, description="Few calls in progress for its slots.")
-    context: float = Field(2.0, ge=0.0, description="The request fits the context as it is loaded.")
-    latency: float = Field(2.0, ge=0.0, description="Short recent time to the first delta.")
-    health: float = Field(2.0, ge=0.0, description="Few recent failures.")
-    weight: float = Field(1.0, ge=0.0, description="The backend's configured weight.")
+    load: float = Field(default=3.0, ge=0.0, description="Few calls in progress for its slots.")
+    context: float = Field(default=2.0, ge=0.0, description="The request fits the context as it is loaded.")
+    latency: float = Field(default=2.0, ge=0.0, description="Short recent time to the first delta.")
+    health: float = Field(default=2.0, ge=0.0, description="Few recent failures.")
+    weight: float = Field(default=1.0, ge=0.0, description="The backend's configured weight.")
 
 
 class ProbeSettings(Settings):
     """How backends are watched."""
 
-    models_interval: Duration = Field(timedelta(seconds=5), description="Time between two looks at a model list.")
-    timeout: Duration = Field(timedelta(seconds=5), description="How long a model list may take.")
-    reconnect_min: Duration = Field(
-        timedelta(milliseconds=100), description="First wait before a lost backend is looked for again."
+    models_interval: Duration = Field(
+        default=timedelta(seconds=5), description="Time between two looks at a model list."
     )
-    reconnect_max: Duration = Field(timedelta(seconds=2), description="Longest such wait.")
+    timeout: Duration = Field(default=timedelta(seconds=5), description="How long a model list may take.")
+    reconnect_min: Duration = Field(
+        default=timedelta(milliseconds=100),
+        description="First wait before a lost backend is looked for again.",
+    )
+    reconnect_max: Duration = Field(default=timedelta(seconds=2), description="Longest such wait.")
 
 
 class OrchestratorSettings(ServerSettings):
     """The orchestrator."""
 
-    address: Address = Field("127.0.0.1:50150", description="Address to listen on. Port 0 picks a free one.")
+    address: Address = Field(
+        default="127.0.0.1:50150", description="Address to listen on. Port 0 picks a free one."
+    )
     backends: tuple[BackendSettings, ...] = Field(
-        DEFAULT_BACKENDS,
+        default=DEFAULT_BACKENDS,
         description="Backends, each in a table [[orchestrator.backends]]. "
         "Unset is mlx, ollama and lmstudio at their default addresses.",
     )
     default_model: str = Field(
-        "", description="Model of requests that name none. Empty makes such requests an error."
+        default="", description="Model of requests that name none. Empty makes such requests an error."
     )
     aliases: dict[str, dict[str, str]] = Field(
         default_factory=dict,
         description="Names of your own for models: for each name, the model it means on each backend.",
     )
     default_deadline: Duration = Field(
-        timedelta(minutes=10), description="Deadline of calls that come without one."
+        default=timedelta(minutes=10), description="Deadline of calls that come without one."
     )
-    max_deadline: Duration = Field(timedelta(hours=1), description="Longest deadline a call can have.")
+    max_deadline: Duration = Field(default=timedelta(hours=1), description="Longest deadline of a call.")
     deadline_margin: Duration = Field(
-        timedelta(milliseconds=50),
+        default=timedelta(milliseconds=50),
         description="Time kept back from a deadline, so that the typed error arrives before the caller's own "
         "timer fires. At most a tenth of what is left.",
     )
-    retry: RetrySettings = Field(default_factory=RetrySettings, description="How often calls are tried again.")
+    retry: RetrySettings = Field(
+        default_factory=RetrySettings, description="How often calls are tried again."
+    )
     scorers: ScorerWeights = Field(default_factory=ScorerWeights, description="How backends are compared.")
     picker: Literal["best", "two"] = Field(
-        "best",
+        default="best",
         description="How one of the scored backends is taken: `best` takes the best one; `two` takes the "
         "better of two at random, which suits several orchestrators before the same backends.",
     )

@@ -89,7 +89,8 @@ class FleetServicer(fleet_pb2_grpc.FleetServiceServicer):
         kind = request.WhichOneof("kind")
         if kind is None:
             raise InvalidRequest(
-                "request: give the request to explain", violations=[("request", "give the request to explain")]
+                "request: give the request to explain",
+                violations=[("request", "give the request to explain")],
             )
         asked: Request = request.request if kind == "request" else request.embed_request
         models = dict.fromkeys((asked.model or self._default_model, *asked.routing.fallback_models))

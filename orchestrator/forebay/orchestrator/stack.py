@@ -91,9 +91,7 @@ def endpoint_stack(endpoint: Endpoint, *, channel: Service, clock: Clock) -> Ser
 def _limit(endpoint: Endpoint, inner: Service) -> Limit:
     settings = endpoint.settings
     # The endpoint shows how many calls wait.
-    endpoint.limit = Limit(
-        inner, slots=settings.slots, queue=settings.queue, name=f"backend {settings.name}"
-    )
+    endpoint.limit = Limit(inner, slots=settings.slots, queue=settings.queue, name=f"backend {settings.name}")
     return endpoint.limit
 
 

@@ -22,10 +22,7 @@ class Channel:
     """
 
     def __init__(self, channel: grpc.aio.Channel, backend: str) -> None:
-        # The stub's type for a channel decides between the two stacks of gRPC; this is the aio one.
-        self._stub = cast(
-            "inference_pb2_grpc.InferenceServiceAsyncStub", inference_pb2_grpc.InferenceServiceStub(channel)
-        )
+        self._stub = inference_pb2_grpc.InferenceServiceStub(channel)
         self._backend = backend
 
     async def __call__(self, call: Call[Request], send: Send) -> None:
@@ -38,10 +35,8 @@ class Channel:
                 self._stub.Generate, request, generate, send, self._backend, metadata=metadata
             )
         elif isinstance(request, pb.EmbedRequest):
-            await send(
-                await relay_unary(self._stub.Embed, request, call, self._backend, metadata=metadata)
-            )
+            vectors = await relay_unary(self._stub.Embed, request, call, self._backend, metadata=metadata)
+            await send(vectors)
         else:
-            await send(
-                await relay_unary(self._stub.CountTokens, request, call, self._backend, metadata=metadata)
-            )
+            count = await relay_unary(self._stub.CountTokens, request, call, self._backend, metadata=metadata)
+            await send(count)

@@ -231,9 +231,7 @@ class Endpoint:
         if state is not self._state:
             level = logging.INFO if state is State.ACTIVE else logging.WARNING
             detail = self.detail
-            logger.log(
-                level, "backend %s is %s%s", self.name, state.name, f": {detail}" if detail else ""
-            )
+            logger.log(level, "backend %s is %s%s", self.name, state.name, f": {detail}" if detail else "")
             self._state = state
             self._changed_at = self._clock()
             self._change_time = self._now()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable
-from typing import TYPE_CHECKING, TypeVar, cast
+from typing import TypeVar, cast
 
 import grpc.aio
 
@@ -13,9 +13,6 @@ from forebay.kit.failure import BrokenStream
 from forebay.kit.relay import failure_of, lost, relay_unary
 from forebay.models.v1 import models_pb2 as models_pb
 from forebay.models.v1 import models_pb2_grpc
-
-if TYPE_CHECKING:
-    from forebay.models.v1.models_pb2_grpc import ModelServiceAsyncStub
 
 Q = TypeVar("Q", models_pb.LoadModelRequest, models_pb.PullModelRequest)
 A = TypeVar("A", models_pb.LoadModelResponse, models_pb.PullModelResponse)
@@ -31,7 +28,7 @@ class Management:
     """
 
     def __init__(self, channel: grpc.aio.Channel, backend: str, *, on_change: Callable[[], None]) -> None:
-        self._stub = cast("ModelServiceAsyncStub", models_pb2_grpc.ModelServiceStub(channel))
+        self._stub = models_pb2_grpc.ModelServiceStub(channel)
         self._backend = backend
         self._on_change = on_change
 

@@ -11,7 +11,6 @@ from __future__ import annotations
 import asyncio
 import logging
 import random
-from typing import TYPE_CHECKING, cast
 
 import grpc
 import grpc.aio
@@ -25,9 +24,6 @@ from forebay.kit.rpc import INFERENCE_SERVICE
 from forebay.orchestrator.backoff import Backoff
 from forebay.orchestrator.config import ProbeSettings
 from forebay.orchestrator.fleet.endpoint import Endpoint
-
-if TYPE_CHECKING:
-    from forebay.inference.v1.inference_pb2_grpc import InferenceServiceAsyncStub
 
 logger = logging.getLogger(__name__)
 
@@ -49,7 +45,7 @@ class Probe:
         self._settings = settings
         self._source = source
         self._health = health_pb2_grpc.HealthStub(channel)
-        self._stub = cast("InferenceServiceAsyncStub", inference_pb2_grpc.InferenceServiceStub(channel))
+        self._stub = inference_pb2_grpc.InferenceServiceStub(channel)
         self._look = asyncio.Event()
 
     def refresh(self) -> None:
@@ -70,8 +66,9 @@ class Probe:
 
     async def _follow(self, backoff: Backoff, *, waits: bool) -> str:
         """Passes on what the backend says until it is lost. Returns why it was."""
-        stream = self._health.Watch(
-            health_pb2.HealthCheckRequest(service=INFERENCE_SERVICE), wait_for_ready=waits
+        request = health_pb2.HealthCheckRequest(service=INFERENCE_SERVICE)
+        stream = self._health.Watch(  # type: ignore[attr-defined]  # its methods are made at run time
+            request, wait_for_ready=waits
         )
         try:
             while True:
@@ -83,9 +80,18 @@ class Probe:
         except grpc.aio.AioRpcError as error:
             if error.code() is grpc.StatusCode.UNIMPLEMENTED:
                 return "it does not serve grpc.health.v1: it is no Forebay service"
-            return error.details() or error.code().name
+            return self._why(error)
         finally:
             stream.cancel()
+
+    def _why(self, error: grpc.aio.AioRpcError) -> str:
+        """Returns why it was lost. gRPC's own sentences are long, and the usual causes are two."""
+        details = error.details() or error.code().name
+        if "Connection refused" in details:
+            return f"nothing listens at {self._endpoint.settings.address}"
+        if "ping timeout" in details:
+            return "it stopped answering, as if frozen"
+        return details
 
     def _take(self, status: int) -> None:
         if status == health_pb2.HealthCheckResponse.SERVING:

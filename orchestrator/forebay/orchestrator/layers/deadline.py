@@ -22,9 +22,7 @@ class Deadline:
         margin: time kept back, so that our answer arrives before the caller's own timer fires.
     """
 
-    def __init__(
-        self, inner: Service, *, default: timedelta, longest: timedelta, margin: timedelta
-    ) -> None:
+    def __init__(self, inner: Service, *, default: timedelta, longest: timedelta, margin: timedelta) -> None:
         self._inner = inner
         self._default = default.total_seconds()
         self._longest = longest.total_seconds()

@@ -239,7 +239,7 @@ def _is_passing(failure: Failure) -> bool:
 
 
 def _after_commit(failure: Failure) -> Failure:
-    """Returns what to tell a caller who has part of an answer: nothing that looks like it could be retried."""
+    """Returns what to tell a caller who has part of an answer: never that trying again helps."""
     if isinstance(failure, StreamInterrupted | StreamStalled):
         return failure
     if failure.fault is Fault.CALLER and not failure.elsewhere:
@@ -260,5 +260,3 @@ def _with_model(call: Call[Request], model: str) -> Call[Request]:
     copy.CopyFrom(call.request)  # type: ignore[arg-type]  # both are of one type, which the union hides
     copy.model = model
     return call.with_(request=copy)
-
-

@@ -32,7 +32,7 @@ class Traits:
     or `chat`; `count_tokens` for counting."""
     reasons: tuple[str, ...]
     """Every rule that matched, in words for people."""
-    needs: frozenset[pb.Capability]
+    needs: frozenset[pb.Capability.ValueType]
     """Capabilities without which the request fails."""
     characters: int
     """Characters of text in it."""
@@ -73,7 +73,7 @@ def _classify_generate(request: pb.GenerateRequest) -> Traits:
     matched: list[tuple[str, str]] = []
     needs = {pb.CAPABILITY_GENERATE}
 
-    def need(capability: pb.Capability, unless: pb.DegradationKind | None = None) -> None:
+    def need(capability: pb.Capability.ValueType, unless: pb.DegradationKind.ValueType | None = None) -> None:
         # Whoever accepts a shortfall may be sent where it happens.
         if unless is None or unless not in accepted:
             needs.add(capability)

@@ -92,7 +92,9 @@ class Decision:
         # Whoever has no such model, or was never heard of, says nothing about why it cannot be served now.
         serious = [c for c in self.candidates if c.model is not None and c.refused_by not in _NOT_CONCERNED]
         by = {candidate.refused_by for candidate in serious}
-        if not serious and any(c.refused_by == "model" and c.endpoint.are_models_known for c in self.candidates):
+        if not serious and any(
+            c.refused_by == "model" and c.endpoint.are_models_known for c in self.candidates
+        ):
             # A backend that was never reached may have it. A misspelt name is far more likely, and a caller
             # who is told UNAVAILABLE would try it again for ever.
             return ModelNotFound(f"no backend has a model {self.model} ({listed})", metadata=metadata)
@@ -186,7 +188,11 @@ class Router:
             detail = refuses(question)
             if detail is not None:
                 return Candidate(
-                    endpoint=question.endpoint, model=question.found, refused_by=name, detail=detail, scores={}
+                    endpoint=question.endpoint,
+                    model=question.found,
+                    refused_by=name,
+                    detail=detail,
+                    scores={},
                 )
         return self._score(question)
 
