@@ -450,8 +450,8 @@ async def test_a_unix_socket_is_for_its_owner_alone_and_goes_with_the_server(tmp
 async def test_without_reflection_nothing_is_listed() -> None:
     async with mesh(Engine(), reflection=False) as (_, _stub, channel):
         stream = reflection_pb2_grpc.ServerReflectionStub(channel).ServerReflectionInfo()
+        await stream.write(reflection_pb2.ServerReflectionRequest(list_services=""))
         with pytest.raises(grpc.aio.AioRpcError) as caught:
-            await stream.write(reflection_pb2.ServerReflectionRequest(list_services=""))
             await stream.read()
         assert caught.value.code() is grpc.StatusCode.UNIMPLEMENTED
 
@@ -527,8 +527,13 @@ async def test_a_span_continues_the_callers_trace() -> None:
 
 @pytest.mark.parametrize(
     ("ending", "code", "is_error"),
-    [("failure", "NOT_FOUND", False), ("crash", "INTERNAL", True), ("cancel", "CANCELLED", False), ("late", "DEADLINE_EXCEEDED", False)],
-)  # fmt: skip
+    [
+        ("failure", "NOT_FOUND", False),
+        ("crash", "INTERNAL", True),
+        ("cancel", "CANCELLED", False),
+        ("late", "DEADLINE_EXCEEDED", False),
+    ],
+)
 async def test_every_ending_ends_its_span_once_with_its_code(ending: str, code: str, is_error: bool) -> None:
     async def generate(call: Call[pb.GenerateRequest], send: Send) -> None:
         await send(started())

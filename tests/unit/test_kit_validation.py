@@ -22,7 +22,10 @@ def good() -> pb.GenerateRequest:
             pb.Message(role=pb.ROLE_SYSTEM, parts=[pb.Part(text="be brief")]),
             pb.Message(
                 role=pb.ROLE_USER,
-                parts=[pb.Part(text="what is it?"), pb.Part(image=pb.Blob(media_type="image/png", data=b"x"))],
+                parts=[
+                    pb.Part(text="what is it?"),
+                    pb.Part(image=pb.Blob(media_type="image/png", data=b"x")),
+                ],
             ),
             pb.Message(
                 role=pb.ROLE_ASSISTANT,
