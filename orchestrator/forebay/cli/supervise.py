@@ -312,12 +312,19 @@ class Supervisor:
 
         If it is cancelled while it stops them, it kills what is left.
         """
+        results: list[T] = []
+        failed: Exception | None = None
         async with asyncio.TaskGroup() as group:
             tasks = {keeper: group.create_task(keeper.run()) for keeper in self.keepers.values()}
             try:
-                return await work()
+                results.append(await work())
+            except Exception as error:  # noqa: BLE001  # raised below: the group would wrap it in another
+                failed = error
             finally:
                 await self._stop(tasks)
+        if failed is not None:
+            raise failed
+        return results[0]
 
     def kill(self) -> None:
         """Ends every program at once."""

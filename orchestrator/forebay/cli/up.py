@@ -183,9 +183,8 @@ def is_taken(address: str) -> bool:
     if address.startswith("unix:"):
         with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
             probe.settimeout(1.0)
-            return (
-                probe.connect_ex(address.removeprefix("unix:")) == 0
-            )  # what is left of a dead process's socket refuses
+            # What a dead process left of its socket refuses.
+            return probe.connect_ex(address.removeprefix("unix:")) == 0
     host, _, port = address.rpartition(":")
     try:
         found = socket.getaddrinfo(host.strip("[]"), int(port), type=socket.SOCK_STREAM)
@@ -428,7 +427,8 @@ class Up:
                 await readiness.look()
                 active = {b.address for b in backends if b.state == fleet_pb.Backend.STATE_ACTIVE}
                 waiting = readiness.waiting(active)
-                if backends and not waiting and (active or not self._plan.up.require_backend):
+                stocked = any(b.models for b in backends if b.address in active)
+                if backends and not waiting and (stocked or not self._plan.up.require_backend):
                     return backends
                 if loop.time() >= deadline or (backends and not waiting and readiness.patience_is_over()):
                     break
