@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import math
 import sys
@@ -146,6 +147,8 @@ def converse(address: str, wishes: Wishes) -> ExitCode:
     The loop reads lines outside asyncio and answers inside, so that Ctrl-C
     cancels an answer in progress and, at the prompt, leaves.
     """
+    with contextlib.suppress(ImportError):
+        import readline  # noqa: F401, PLC0415  # gives `input` editing and history; only wanted at a terminal
     chat = Conversation(wishes)
     render.note(f"chatting with {address}; /help lists the commands, Ctrl-C stops an answer")
     with asyncio.Runner() as runner:

@@ -6,7 +6,6 @@ import json
 from typing import Annotated
 
 import typer
-from rich import box
 from rich.table import Table
 from rich.text import Text
 
@@ -21,7 +20,7 @@ from forebay.inference.v1 import inference_pb2 as pb
 def table(response: fleet_pb.ExplainRouteResponse) -> Table:
     """Returns the candidates as a table, best first."""
     scorers = sorted({name for candidate in response.candidates for name in candidate.scores})
-    grid = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    grid = render.grid()
     grid.add_column("")
     grid.add_column("backend", overflow="fold")
     grid.add_column("model", overflow="fold")
@@ -71,9 +70,7 @@ def explain(
     reasons = f": {'; '.join(response.class_reasons)}" if response.class_reasons else ""
     if response.request_class:
         console.print(f"taken for {response.request_class}{reasons}", markup=False, soft_wrap=True)
-    if not console.is_terminal:
-        console.width = max(console.width, 160)
-    console.print(table(response))
+    render.show_table(console, table(response))
     if not any(not candidate.refused_by for candidate in response.candidates):
         render.note("no backend can take this request", style="yellow")
         return ExitCode.UNAVAILABLE

@@ -8,7 +8,6 @@ from datetime import timedelta
 from typing import Annotated, TypeVar
 
 import typer
-from rich import box
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn
 from rich.table import Table
@@ -43,19 +42,19 @@ def state_text(model: pb.Model) -> str:
     return render.enum_text(pb.Model.State.Name(model.state), "STATE_")
 
 
-def capabilities(model: pb.Model) -> str:
-    """Returns what a model can do, in words; what was not tried on the running server ends with `?`."""
-    words = []
+def capabilities(model: pb.Model) -> Text:
+    """Returns what a model can do, in words; what was not tried on the running server is dim."""
+    words = Text()
     for report in model.capabilities:
         if report.support == pb.CapabilityReport.SUPPORT_YES:
             word = render.enum_text(pb.Capability.Name(report.capability), "CAPABILITY_")
-            words.append(word if report.probed else f"{word}?")
-    return " ".join(words) or "-"
+            words.append(f"{', ' if words else ''}{word}", style="" if report.probed else "dim")
+    return words or Text("-")
 
 
 def table(listed: Iterable[pb.Model]) -> Table:
     """Returns models as a table."""
-    grid = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    grid = render.grid()
     for heading in ("model", "backend", "state", "weights"):
         grid.add_column(heading, overflow="fold")
     for heading in ("context", "memory", "disk"):
@@ -79,7 +78,7 @@ def table(listed: Iterable[pb.Model]) -> Table:
             context,
             render.bytes_text(model.memory_bytes),
             render.bytes_text(model.disk_bytes),
-            Text(capabilities(model), style="dim"),
+            capabilities(model),
         )
         if model.detail:
             details.append(f"{render.safe(model.id)}: {render.safe(model.detail)}")
@@ -104,9 +103,7 @@ def list_models(
         return
     console = render.out()
     if response.models:
-        if not console.is_terminal:
-            console.width = max(console.width, 200)
-        console.print(table(response.models))
+        render.show_table(console, table(response.models))
     else:
         render.note("there are no models; fetch one with `forebay models pull`", style="yellow")
     for name in response.unreachable:

@@ -7,6 +7,7 @@ moving lines appear only where stdout or stderr is a terminal.
 
 from __future__ import annotations
 
+import io
 import re
 import sys
 import time
@@ -15,9 +16,11 @@ from dataclasses import dataclass, field
 
 from google.protobuf import json_format
 from google.protobuf.message import Message
+from rich import box
 from rich.console import Console
 from rich.markup import escape
 from rich.status import Status
+from rich.table import Table
 
 from forebay.cli.problems import Problem
 from forebay.inference.v1 import inference_pb2 as pb
@@ -87,6 +90,23 @@ def seconds_text(seconds: float) -> str:
         return f"{seconds:.2f} s"
     minutes, rest = divmod(round(seconds), 60)
     return f"{minutes} m {rest} s"
+
+
+def grid() -> Table:
+    """Returns an empty table in the house's look."""
+    return Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False)
+
+
+def show_table(console: Console, table: Table) -> None:
+    """Prints a table: in colour on a terminal, else as wide as it needs and without trailing blanks."""
+    if console.is_terminal:
+        console.print(table)
+        return
+    plain = Console(file=io.StringIO(), width=1000, color_system=None)
+    with plain.capture() as captured:
+        plain.print(table)
+    for row in captured.get().splitlines():
+        console.print(row.rstrip(), markup=False, soft_wrap=True)
 
 
 def enum_text(name: str, prefix: str) -> str:

@@ -9,7 +9,6 @@ from collections.abc import Iterable
 from typing import Annotated
 
 import typer
-from rich import box
 from rich.console import Console
 from rich.live import Live
 from rich.table import Table
@@ -40,7 +39,7 @@ def loaded(backend: fleet_pb.Backend) -> list[str]:
 
 def table(backends: Iterable[fleet_pb.Backend]) -> Table:
     """Returns the backends as a table."""
-    grid = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    grid = render.grid()
     for heading, justify in (
         ("backend", "left"),
         ("state", "left"),
@@ -134,7 +133,7 @@ def status(
 def show(console: Console, backends: list[fleet_pb.Backend]) -> None:
     """Prints the backends: a table on a terminal that has room for it, else a line each."""
     if console.is_terminal and console.width >= 80:
-        console.print(table(backends))
+        render.show_table(console, table(backends))
         return
     for backend in backends:
         console.print(line(backend), markup=False, soft_wrap=True)

@@ -231,7 +231,7 @@ class Keeper:
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(delay):
                     await self._stop.wait()
-            self.restarts += 1
+            self.restarts += not self._stop.is_set()
         self._move(State.STOPPED)
 
     def stop(self) -> None:
