@@ -148,9 +148,10 @@ class ScriptedEngine:
         self._unloaded = {model.name for model in self.models.values() if not model.loaded}
         self._leashes: dict[str, set[asyncio.Timeout]] = {}
         self._let_go = asyncio.Event()
-        self._serve: Service = self._dispatch
+        self.service: Service = self._dispatch
+        """The engine as a service, for every kind of call."""
         if slots is not None:
-            self._serve = Limit(self._dispatch, slots=slots, queue=queue, name=name)
+            self.service = Limit(self._dispatch, slots=slots, queue=queue, name=name)
 
     def __repr__(self) -> str:
         counts = " ".join(f"{fate.value} {sum(r.fate is fate for r in self.records)}" for fate in Fate)
@@ -178,7 +179,7 @@ class ScriptedEngine:
 
     async def generate(self, call: Call[pb.GenerateRequest], send: Send) -> None:
         """Sends the scripted reply."""
-        await self._serve(cast("Call[Request]", call), send)
+        await self.service(cast("Call[Request]", call), send)
 
     async def embed(self, call: Call[pb.EmbedRequest]) -> pb.EmbedResponse:
         """Returns a unit vector for each text."""
@@ -262,7 +263,7 @@ class ScriptedEngine:
         async def keep(event: Event) -> None:
             events.append(event)
 
-        await self._serve(call, keep)
+        await self.service(call, keep)
         return events[0]
 
     async def _dispatch(self, call: Call[Request], send: Send) -> None:

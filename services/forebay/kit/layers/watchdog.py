@@ -57,8 +57,7 @@ class Watchdog:
             alarm.reschedule(None)
             answered = answered or not _is_preparation(event)
             await send(event)
-            if not alarm.expired():
-                alarm.reschedule(due())
+            alarm.reschedule(due())
 
         try:
             async with asyncio.timeout_at(due()) as alarm:
