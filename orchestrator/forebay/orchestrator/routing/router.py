@@ -197,8 +197,13 @@ class Router:
         return self._score(question)
 
     def _score(self, question: Question) -> Candidate:
-        scores = {name: scorer(question) for name, scorer in SCORERS.items()}
-        weight = sum(self._weights.values())
+        scores = {
+            name: scorer(question)
+            for name, scorer in SCORERS.items()
+            # Without an order it would be 1.0 for all, and its weight would squeeze the rest into a corner.
+            if question.allowed or name != "preference"
+        }
+        weight = sum(self._weights[name] for name in scores)
         total = sum(self._weights[name] * score for name, score in scores.items()) / weight if weight else 0.0
         return Candidate(endpoint=question.endpoint, model=question.found, scores=scores, total=total)
 

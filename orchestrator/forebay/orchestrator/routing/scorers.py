@@ -19,9 +19,7 @@ FEW_CALLS = 4
 
 
 def preference(question: Question) -> float:
-    """The caller's order of backends. 1.0 for all if there is none."""
-    if question.endpoint.name not in question.allowed:
-        return 1.0
+    """The caller's order of backends. Asked only where there is one."""
     return 1.0 - question.allowed.index(question.endpoint.name) / len(question.allowed)
 
 
