@@ -159,35 +159,17 @@ async def prefix(peer: Client) -> list[pb.GenerateResponse]:
 
 
 async def test_chaos_and_the_other_options_are_understood(tmp_path: Path) -> None:
-    arguments = [
-        "--chaos",
-        "7:1.0",
-        "--weights",
-        "w",
-        "--context",
-        "100",
-        "--dimensions",
-        "4",
-        "--unloaded",
-        "--load-delay",
-        "1ms",
-        "--unwind-delay",
-        "1ms",
-        "--ready-delay",
-        "1ms",
-        "--reasoning-token-count",
-        "1",
-        "--tool-call-count",
-        "1",
-        "--grace",
-        "1s",
-    ]
-    async with ServiceProcess(MODULE, arguments, folder=tmp_path) as process:
-        async with client(process.address) as peer:
-            with pytest.raises(CallError):
-                await peer.generate(ask())
-            response = await peer.embed(pb.EmbedRequest(model="scripted", texts=["a"]))
-            assert response.dimension_count == 4
+    options = "--weights w --context 100 --dimensions 4 --unloaded --load-delay 1ms --unwind-delay 1ms"
+    more = "--ready-delay 1ms --reasoning-token-count 1 --tool-call-count 1 --grace 1s --chaos 7:1.0"
+    arguments = [*options.split(), *more.split()]
+    async with (
+        ServiceProcess(MODULE, arguments, folder=tmp_path) as process,
+        client(process.address) as peer,
+    ):
+        with pytest.raises(CallError):
+            await peer.generate(ask())
+        response = await peer.embed(pb.EmbedRequest(model="scripted", texts=["a"]))
+        assert response.dimension_count == 4
 
 
 # The helper that starts them.

@@ -164,7 +164,7 @@ class FaultProxy:
                     delay += len(data) / toxics.bandwidth
                 await asyncio.sleep(delay)
                 await self._flowing.wait()
-                if link.is_cut:
+                if direction in link.ended:
                     continue
                 room = len(data) if toxics.cut_after is None else max(0, toxics.cut_after - passed)
                 writer.write(data[:room])
@@ -184,7 +184,7 @@ class _Link:
         self._sides = {"down": client, "up": server}
         self._linger: asyncio.TimerHandle | None = None
         self.pumps: list[asyncio.Task[None]] = []
-        self.is_cut = False
+        self.ended: set[Direction] = set()
 
     def cut(self, *, reset: bool) -> None:
         """Ends the connection.
@@ -192,8 +192,8 @@ class _Link:
         In good order that is: FIN to both sides, and reading on until they end too. Closing at once would
         send RST where bytes are unread, and a RST takes from a peer what it has not read yet.
         """
-        self.is_cut = True
         if reset:
+            self.ended |= {"up", "down"}
             for side in self._sides.values():
                 _linger(side)
                 side.transport.abort()
@@ -210,6 +210,8 @@ class _Link:
             side.close()
 
     def end(self, direction: Direction) -> None:
+        """Ends one direction; what still comes in it is thrown away."""
+        self.ended.add(direction)
         side = self._sides[direction]
         if not side.is_closing() and side.can_write_eof():
             with contextlib.suppress(OSError):  # the peer has closed it already
