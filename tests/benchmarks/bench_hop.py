@@ -14,7 +14,7 @@ from pathlib import Path
 from forebay.inference.v1 import inference_pb2 as pb
 from forebay.inference.v1 import inference_pb2_grpc
 from forebay.kit.channel import connect
-from forebay.testing.processes import start_process
+from forebay.testing.processes import ServiceProcess
 
 ROUNDS = 200
 STREAMS = 8
@@ -54,15 +54,16 @@ async def rate(stub: inference_pb2_grpc.InferenceServiceAsyncStub) -> float:
 
 
 async def test_the_hop(tmp_path: Path) -> None:
-    async with start_process(
-        "forebay.testing.scripted", "--name", "a", "--models", "m", "--token-count", str(TOKENS),
-        "--token-delay", "0ms", "--slots", "64",
-    ) as backend:  # fmt: skip
+    async with ServiceProcess(
+        "forebay.testing.scripted",
+        ["--name", "a", "--models", "m", "--token-count", str(TOKENS), "--token-delay", "0ms", "--slots", "64"],
+    ) as backend:
         config = tmp_path / "forebay.toml"
         config.write_text(
+            '[orchestrator]\naddress = "127.0.0.1:0"\n'
             f'[[orchestrator.backends]]\nname = "a"\nframework = "scripted"\naddress = "{backend.address}"\n'
         )
-        async with start_process("forebay.orchestrator", "--config", str(config)) as orchestrator:
+        async with ServiceProcess("forebay.orchestrator", ["--config", str(config)]) as orchestrator:
             async with connect(backend.address) as near, connect(orchestrator.address) as far:
                 direct = inference_pb2_grpc.InferenceServiceStub(near)
                 relayed = inference_pb2_grpc.InferenceServiceStub(far)
