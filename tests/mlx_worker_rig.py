@@ -104,7 +104,9 @@ async def rig(
         words.close()
 
 
-def ask(text: str = "hi", *, most: int | None = None, stops: Sequence[str] = (), **fields: object) -> pb.GenerateRequest:
+def ask(
+    text: str = "hi", *, most: int | None = None, stops: Sequence[str] = (), **fields: object
+) -> pb.GenerateRequest:
     """A request of one user message; greedy unless `sampling` says otherwise."""
     fields.setdefault("sampling", pb.Sampling(temperature=0))
     request = pb.GenerateRequest(

@@ -74,7 +74,8 @@ def test_packed_weights_of_unknown_width_are_not_guessed(tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize(
-    ("shape", "label"), [((7, 1000, 1000, 1000), "7.0B"), ((70, 1000, 1000, 1000), "70B"), ((2, 1000), "2.0K")]
+    ("shape", "label"),
+    [((7, 1000, 1000, 1000), "7.0B"), ((70, 1000, 1000, 1000), "70B"), ((2, 1000), "2.0K")],
 )
 def test_sizes_are_written_as_people_do(tmp_path: Path, shape: tuple[int, ...], label: str) -> None:
     path = folder(tmp_path / "m", {"text_config": {"n_positions": 8}}, {"w": tensor("BF16", *shape)})
@@ -112,7 +113,18 @@ def broken(path: Path, how: str) -> Path:
 
 @pytest.mark.parametrize(
     "how",
-    ["absent", "no config", "no json", "no object", "no weights", "no length", "short", "huge", "no header", "no shape"],
+    [
+        "absent",
+        "no config",
+        "no json",
+        "no object",
+        "no weights",
+        "no length",
+        "short",
+        "huge",
+        "no header",
+        "no shape",
+    ],
 )
 def test_what_is_no_model_is_refused_with_a_reason(tmp_path: Path, how: str) -> None:
     with pytest.raises(NotAModelError, match="m"):

@@ -45,7 +45,9 @@ def test_every_tool_result_is_a_message_of_its_own() -> None:
 
 
 def test_tools_keep_the_order_of_their_schema_and_may_have_none() -> None:
-    specs = prompts.tool_specs([pb.Tool(name="f", parameters_json_schema='{"b": 1, "a": 2}'), pb.Tool(name="g")])
+    specs = prompts.tool_specs(
+        [pb.Tool(name="f", parameters_json_schema='{"b": 1, "a": 2}'), pb.Tool(name="g")]
+    )
     assert [list(spec["function"]["parameters"]) for spec in specs] == [["b", "a"], ["type", "properties"]]  # type: ignore[index]
 
 

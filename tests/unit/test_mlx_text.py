@@ -50,7 +50,9 @@ def test_bytes_that_are_no_character_become_replacement_characters() -> None:
 
 
 def test_added_tokens_are_spelled_as_they_are_and_silent_ones_not_at_all() -> None:
-    spelled = spell(["a", "<b c>", "<eos>"], {"type": "ByteLevel"}, added={1: "<b c>", 2: "<eos>"}, silent=[2])
+    spelled = spell(
+        ["a", "<b c>", "<eos>"], {"type": "ByteLevel"}, added={1: "<b c>", 2: "<eos>"}, silent=[2]
+    )
     stream = spelled.stream()
     assert [stream.add(token) for token in (0, 1, 2, 99)] == ["a", "<b c>", "", ""]
     assert [spelled.bytes_of(token) for token in (0, 1, 99)] == [b"a", b"<b c>", b""]
