@@ -19,7 +19,8 @@ BOS = "<|im_start|>"
 EOS = "<|im_end|>"
 CHAT_TEMPLATE = (
     "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] "
-    "+ '<|im_end|>' + '\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+    "+ '<|im_end|>' + '\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
 MERGES = ("t h", "th e", "i n", "e r", "a n", "o n", "Ġ t", "Ġ a", "Ġt h", "Ġth e", "a t", "e s", "o r")
 CONTEXT = 2048

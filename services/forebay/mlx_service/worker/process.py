@@ -125,7 +125,7 @@ async def _serve_until(stopped: asyncio.Event, up: Serving, engine: Engine, stal
     """Serves until a stop is asked for or the engine ends. While a step takes too long, health says so."""
     is_moving = True
     while not stopped.is_set() and not engine.has_ended:
-        moves = engine.stats().last_step_age < stall_limit
+        moves = engine.stats().last_step_age <= stall_limit
         if moves is not is_moving:
             is_moving = moves
             await up.set_ready(moves, "" if moves else f"a step takes longer than {stall_limit:g} s")
