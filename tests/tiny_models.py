@@ -76,7 +76,7 @@ def build_scripted(
     ids = dict(vocab)
     added = [BOS, EOS, *markers]
     ids.update({token: len(vocab) + i for i, token in enumerate(added)})
-    hidden = 512  # random directions of 512 components are nearly orthogonal: the script is never left
+    hidden = 256  # random directions of 256 components are nearly orthogonal: the script is never left
     random = np.random.default_rng(7)
     size = len(ids)
     embed = random.normal(0, 1.0, (size, hidden)).astype(np.float32)
