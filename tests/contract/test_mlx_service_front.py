@@ -17,8 +17,8 @@ import grpc
 import grpc.aio
 import psutil
 import pytest
-import tiny_models
 
+import tiny_models
 from forebay.inference.v1 import inference_pb2 as pb
 from forebay.inference.v1 import inference_pb2_grpc as rpc
 from forebay.kit.failure import Failure, from_rpc_error
@@ -380,7 +380,7 @@ async def test_no_process_and_no_socket_is_left_when_the_front_ends(tmp_path):
 async def test_ending_while_a_model_loads_leaves_nothing(tmp_path):
     async with front(tmp_path, behaviours={"m": {"ready_delay": 3600}}) as rig:
         task = asyncio.ensure_future(rig.failing())
-        await until(lambda: rig.starts())
+        await until(rig.starts)
     await asyncio.gather(task, return_exceptions=True)
     assert is_gone(rig.starts()[0])
 
