@@ -143,7 +143,7 @@ def test_a_permit_is_held_to_the_last_event_even_for_a_slow_client() -> None:
             begun.append(clock.now())
 
         async with asyncio.TaskGroup() as tasks:
-            tasks.create_task(serve(limit, ask(token_count=4), sink=Sink(delay=1)))  # started, 4 deltas, finished
+            tasks.create_task(serve(limit, ask(token_count=4), sink=Sink(delay=1)))  # 6 events
             await settle()
             tasks.create_task(limit(Call(request=pb.EmbedRequest(model="scripted", texts=["a"])), note))
         return begun
@@ -251,7 +251,7 @@ def test_a_waiter_whose_client_cannot_take_progress_leaves_the_queue() -> None:
     assert limit.active == 0
 
 
-@pytest.mark.parametrize("phase", range(0, 60))
+@pytest.mark.parametrize("phase", range(60))
 def test_cancelling_at_any_step_loses_no_permit(phase: int) -> None:
     engine = ScriptedEngine()
     limit = Limit(engine.service, slots=2, queue=8)

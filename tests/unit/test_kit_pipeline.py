@@ -81,9 +81,7 @@ def endpoint(engine: ScriptedEngine, outcomes: list[Outcome]) -> Service:
     return stack(
         lambda inner: Limit(inner, slots=2, queue=100),
         lambda inner: Measure(inner, record=outcomes.append),
-        lambda inner: Watchdog(
-            inner, first_event=timedelta(seconds=20), between_events=timedelta(seconds=5)
-        ),
+        lambda inner: Watchdog(inner, first_event=timedelta(seconds=20), between_events=timedelta(seconds=5)),
         around=engine.service,
     )
 
