@@ -55,7 +55,7 @@ class Peer(rpc.InferenceServiceServicer):
         self.left = asyncio.Event()
         self.metadata: dict[str, str] = {}
 
-    async def Generate(self, request, context):  # noqa: N802  # the proto's name
+    async def Generate(self, request, context):
         self.metadata = dict(context.invocation_metadata())
         try:
             await self.handler(request, context)
@@ -63,7 +63,7 @@ class Peer(rpc.InferenceServiceServicer):
             self.left.set()
             raise
 
-    async def CountTokens(self, request, context):  # noqa: N802  # the proto's name
+    async def CountTokens(self, request, context):
         self.metadata = dict(context.invocation_metadata())
         try:
             await self.handler(request, context)
@@ -87,7 +87,9 @@ class Rig:
     async def generate(self, *, timeout: float | None = None, **more) -> None:
         loop = asyncio.get_running_loop()
         call = Call(
-            request=pb.GenerateRequest(model="m"), deadline=None if timeout is None else loop.time() + timeout
+            request=pb.GenerateRequest(model="m"),
+            deadline=None if timeout is None else loop.time() + timeout,
+            caller="Zo\N{LATIN SMALL LETTER E WITH DIAERESIS}",
         )
         await relay_generate(self.stub.Generate, call.request, call, self.send, "peer", **more)
 
@@ -279,7 +281,7 @@ async def test_the_deadline_goes_along():
             await r.generate(timeout=0.05)
 
 
-async def test_the_trace_and_metadata_go_along():
+async def test_the_trace_the_caller_and_metadata_go_along():
     tracer = TracerProvider().get_tracer("test")
     async with rig(writes(*numbered(STARTED, FINISHED))) as r:
         with tracer.start_as_current_span("call") as span:
@@ -287,6 +289,7 @@ async def test_the_trace_and_metadata_go_along():
         context = span.get_span_context()
         assert trace.format_trace_id(context.trace_id) in r.peer.metadata["traceparent"]
         assert r.peer.metadata["x-mine"] == "1"
+        assert r.peer.metadata["forebay-caller"] == "Zo?"
 
 
 async def test_a_unary_answer_passes():

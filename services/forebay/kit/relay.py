@@ -29,6 +29,7 @@ from forebay.kit.failure import (
     from_status,
 )
 from forebay.kit.pipeline import Call, Request, Send
+from forebay.kit.rpc import CALLER_KEY
 
 Q = TypeVar("Q")
 A = TypeVar("A")
@@ -67,7 +68,7 @@ async def relay_generate(
         call: gives the deadline.
         send: takes the events as they come.
         backend: name of the peer, for messages and metadata of failures.
-        metadata: what to send along, besides the trace.
+        metadata: what to send along, besides the trace and who asks.
 
     Raises:
         BackendUnavailable: the peer was lost before its first delta.
@@ -78,7 +79,7 @@ async def relay_generate(
     expected = 0
     committed = finished = False
     try:
-        stream = method(request, timeout=call.remaining(), metadata=_metadata(metadata))
+        stream = method(request, timeout=call.remaining(), metadata=_metadata(call, metadata))
     except grpc.aio.UsageError as error:  # the channel is closed
         raise failure_of(error, backend, committed=False) from error
     try:
@@ -90,7 +91,7 @@ async def relay_generate(
                     return
                 raise failure_of(error, backend, committed=committed) from error
             except asyncio.CancelledError as error:
-                if _is_ours():
+                if is_cancelled_here():
                     raise
                 if finished:
                     return
@@ -132,7 +133,7 @@ async def relay_unary(
         request: what to ask.
         call: gives the deadline. None has none.
         backend: name of the peer, for messages and metadata of failures.
-        metadata: what to send along, besides the trace.
+        metadata: what to send along, besides the trace and who asks.
 
     Raises:
         BackendUnavailable: the peer was lost.
@@ -140,7 +141,7 @@ async def relay_unary(
     """
     timeout = None if call is None else call.remaining()
     try:
-        pending = method(request, timeout=timeout, metadata=_metadata(metadata))
+        pending = method(request, timeout=timeout, metadata=_metadata(call, metadata))
     except grpc.aio.UsageError as error:  # the channel is closed
         raise failure_of(error, backend, committed=False) from error
     try:
@@ -148,7 +149,7 @@ async def relay_unary(
     except _TRANSPORT as error:
         raise failure_of(error, backend, committed=False) from error
     except asyncio.CancelledError as error:
-        if _is_ours():
+        if is_cancelled_here():
             raise
         raise lost(backend, "its connection was closed", committed=False) from error
     finally:
@@ -191,13 +192,19 @@ def lost(backend: str, how: str, *, committed: bool, cause: str = "") -> Failure
     return BackendUnavailable(f"backend {backend} was lost: {how}", metadata=metadata)
 
 
-def _metadata(pairs: Pairs) -> grpc.aio.Metadata:
+def _metadata(call: Call[Request] | None, pairs: Pairs) -> grpc.aio.Metadata:
     trace: dict[str, str] = {}
     propagate.inject(trace)
-    return grpc.aio.Metadata(*pairs, *trace.items())
+    caller = [] if call is None or not call.caller else [(CALLER_KEY, _ascii(call.caller))]
+    return grpc.aio.Metadata(*pairs, *caller, *trace.items())
 
 
-def _is_ours() -> bool:
+def _ascii(text: str) -> str:
+    """Returns text as metadata can carry it: gRPC refuses a call for one foreign character."""
+    return text.encode("ascii", "replace").decode()
+
+
+def is_cancelled_here() -> bool:
     """Whether the cancellation being handled was meant for this task.
 
     A call whose channel is closed under it raises `CancelledError` too. That is a lost peer, not
