@@ -71,9 +71,7 @@ class Mesh:
         backend: dict[str, object] | None = None,
         **settings: object,
     ) -> None:
-        self.backends = {
-            engine.name: Backend(engine, f"unix:{folder}/{engine.name}") for engine in engines
-        }
+        self.backends = {engine.name: Backend(engine, f"unix:{folder}/{engine.name}") for engine in engines}
         self._absent = absent
         self._settings = OrchestratorSettings.model_validate(
             {

@@ -83,9 +83,9 @@ async def test_a_reply_that_breaks_off_is_aborted_and_a_prefix(mesh: Mesh) -> No
     assert caught.value.code() is grpc.StatusCode.ABORTED
     assert reason(caught.value) == "STREAM_INTERRUPTED"
     grammar.check(events, complete=False)
-    assert mesh["a"].engine.expected(request).startswith(grammar.text(events)) or mesh[
-        "b"
-    ].engine.expected(request).startswith(grammar.text(events))
+    assert mesh["a"].engine.expected(request).startswith(grammar.text(events)) or mesh["b"].engine.expected(
+        request
+    ).startswith(grammar.text(events))
     assert len(mesh["a"].engine.records) + len(mesh["b"].engine.records) == 1
 
 

@@ -241,9 +241,7 @@ def test_a_backend_that_came_back_is_tried_at_once() -> None:
 def test_jitter_only_shortens_openings() -> None:
     for seed in range(100):
         clock = Clock()
-        breaker = Breaker(
-            BreakerSettings(consecutive_failures=1), clock=clock, source=random.Random(seed)
-        )
+        breaker = Breaker(BreakerSettings(consecutive_failures=1), clock=clock, source=random.Random(seed))
         call(breaker, HARD)
         assert 0.5 <= breaker.remaining.total_seconds() <= 1.0
 

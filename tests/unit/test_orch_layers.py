@@ -230,9 +230,7 @@ async def test_the_most_telling_failure_is_raised() -> None:
     backends = Backends(a=[(BackendUnavailable("x"),)], b=[(QueueFull("x"),)], c=[(ModelNotFound("x"),)])
     with pytest.raises(QueueFull) as caught:
         await serve(fallback(backends), ask(model="m"))
-    assert caught.value.metadata["attempts"] == (
-        "a: BACKEND_UNAVAILABLE; b: QUEUE_FULL; c: MODEL_NOT_FOUND"
-    )
+    assert caught.value.metadata["attempts"] == ("a: BACKEND_UNAVAILABLE; b: QUEUE_FULL; c: MODEL_NOT_FOUND")
 
 
 @virtual
@@ -368,9 +366,7 @@ class OneBackend:
 
 
 def route(fleet: OneBackend) -> Route:
-    return Route(
-        fleet=fleet, router=Router(weights=ScorerWeights(), picker="best", source=random.Random(0))
-    )
+    return Route(fleet=fleet, router=Router(weights=ScorerWeights(), picker="best", source=random.Random(0)))
 
 
 def started(model: str, *, degraded: bool = False) -> pb.GenerateResponse:
@@ -441,7 +437,9 @@ async def test_unary_answers_are_checked_too() -> None:
     sink = await serve(route(OneBackend(pb.EmbedResponse(backend="inner", model="m"))), embed)
     assert sink.events == [pb.EmbedResponse(backend="mlx", model="m")]
     with pytest.raises(WrongModel):
-        await serve(route(OneBackend(pb.CountTokensResponse(model="other"))), pb.CountTokensRequest(model="m"))
+        await serve(
+            route(OneBackend(pb.CountTokensResponse(model="other"))), pb.CountTokensRequest(model="m")
+        )
 
 
 @virtual

@@ -35,7 +35,7 @@ class Channel:
         try:
             await self._relay(call, send)
         except Failure as failure:
-            if failure.reason != Internal.reason or failure.metadata.get("backend") != self._backend:
+            if failure.reason != Internal.reason or "backend" not in failure.metadata:
                 raise
             # "A fault of ours" was said over there. Here it is the backend's, and another may do better.
             raise BackendError(
