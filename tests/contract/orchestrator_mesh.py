@@ -1,4 +1,4 @@
-"""A whole mesh in one process: scripted backends, an orchestrator before them, and a client, over real gRPC."""
+"""A whole mesh in one process, over real gRPC: scripted backends, an orchestrator before them, a client."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from types import TracebackType
 from typing import Self
 
 import grpc.aio
+from google.rpc import status_pb2
 
 from forebay.fleet.v1 import fleet_pb2_grpc
 from forebay.inference.v1 import inference_pb2 as pb
@@ -23,7 +24,6 @@ from forebay.models.v1 import models_pb2_grpc
 from forebay.orchestrator.build import Orchestrator
 from forebay.orchestrator.config import OrchestratorSettings
 from forebay.testing.scripted import ScriptedEngine
-from google.rpc import status_pb2
 
 WAIT_SECONDS = 20.0
 """Longest wait for something that is due within a second or two; only a hang takes as long."""

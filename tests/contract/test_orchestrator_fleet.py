@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator
 from pathlib import Path
+from typing import TypeVar
 
 import grpc.aio
 import pytest
@@ -20,6 +21,8 @@ from forebay.testing.script import Fault, Script, ScriptedModel
 from forebay.testing.scripted import ScriptedEngine
 
 BACKEND = fleet_pb2.Backend
+
+Event = TypeVar("Event")
 
 
 def engine(name: str, *models: str, **fields: object) -> ScriptedEngine:
@@ -77,9 +80,9 @@ async def test_a_backend_that_fails_before_its_first_delta_is_replaced(mesh: Mes
 async def test_a_reply_that_breaks_off_is_aborted_and_a_prefix(mesh: Mesh) -> None:
     request = ask(model="m")
     events: list[pb.GenerateResponse] = []
+    stream = mesh.client.Generate(with_options(request, fault="UNAVAILABLE@3"))
     with pytest.raises(grpc.aio.AioRpcError) as caught:
-        async for event in mesh.client.Generate(with_options(request, fault="UNAVAILABLE@3")):
-            events.append(event)  # noqa: PERF401  # what came before the error counts
+        await _keep(stream, events)
     assert caught.value.code() is grpc.StatusCode.ABORTED
     assert reason(caught.value) == "STREAM_INTERRUPTED"
     grammar.check(events, complete=False)
@@ -350,8 +353,7 @@ async def test_a_load_whose_backend_is_lost_is_unavailable(tmp_path: Path) -> No
         async with asyncio.TaskGroup() as group:
             group.create_task(mesh["a"].stop())
             with pytest.raises(grpc.aio.AioRpcError) as caught:
-                await stream.read()
-                await stream.read()
+                await _keep(stream, [])
         assert caught.value.code() is grpc.StatusCode.UNAVAILABLE
 
 
@@ -364,6 +366,12 @@ async def test_a_caller_that_leaves_a_load_leaves_nothing_behind(tmp_path: Path)
         up = mesh["a"].up
         assert up is not None
         await until(lambda: up.inflight.count == 0)
+
+
+async def _keep(stream: AsyncIterator[Event], events: list[Event]) -> None:
+    """Keeps what comes, so that it is still there when the stream fails."""
+    async for event in stream:
+        events.append(event)  # noqa: PERF401  # see above
 
 
 async def _drain(stream: AsyncIterator[models_pb.PullModelResponse]) -> list[models_pb.PullModelResponse]:

@@ -133,19 +133,22 @@ async def test_a_backend_that_is_killed_in_the_middle_ends_the_reply_as_aborted(
 
 
 async def test_a_backend_that_is_killed_before_its_first_token_is_replaced_unnoticed(tmp_path: Path) -> None:
-    async with backend("a") as a, backend("b") as b:
-        async with orchestrator(tmp_path, a=a.address, b=b.address) as running:
-            await running.until("a", is_active)
-            await running.until("b", is_active)
-            request = with_options(preferring("a", "b"), first_delay="500ms")
-            async with asyncio.TaskGroup() as group:
-                reply = group.create_task(read(running, request))
-                await running.until("a", lambda b: b.active_call_count == 1)
-                a.signal(signal.SIGKILL)
-            events = reply.result()
-            grammar.check(events)
-            assert [e.started.backend for e in events if e.HasField("started")] == ["b"]
-            assert grammar.text(events) == whole()
+    async with (
+        backend("a") as a,
+        backend("b") as b,
+        orchestrator(tmp_path, a=a.address, b=b.address) as running,
+    ):
+        await running.until("a", is_active)
+        await running.until("b", is_active)
+        request = with_options(preferring("a", "b"), first_delay="500ms")
+        async with asyncio.TaskGroup() as group:
+            reply = group.create_task(read(running, request))
+            await running.until("a", lambda b: b.active_call_count == 1)
+            a.signal(signal.SIGKILL)
+        events = reply.result()
+        grammar.check(events)
+        assert [e.started.backend for e in events if e.HasField("started")] == ["b"]
+        assert grammar.text(events) == whole()
 
 
 async def test_a_backend_that_starts_late_joins_by_itself(tmp_path: Path) -> None:
@@ -162,63 +165,72 @@ async def test_a_backend_that_starts_late_joins_by_itself(tmp_path: Path) -> Non
 
 
 async def test_a_frozen_backend_fails_its_call_within_three_seconds_and_gets_no_more(tmp_path: Path) -> None:
-    async with backend("a") as a, backend("b") as b:
-        async with orchestrator(tmp_path, a=a.address, b=b.address) as running:
-            await running.until("a", is_active)
-            await running.until("b", is_active)
-            loop = asyncio.get_running_loop()
-            frozen: list[float] = []
+    async with (
+        backend("a") as a,
+        backend("b") as b,
+        orchestrator(tmp_path, a=a.address, b=b.address) as running,
+    ):
+        await running.until("a", is_active)
+        await running.until("b", is_active)
+        loop = asyncio.get_running_loop()
+        frozen: list[float] = []
 
-            def freeze() -> None:
-                a.freeze()
-                frozen.append(loop.time())
+        def freeze() -> None:
+            a.freeze()
+            frozen.append(loop.time())
 
-            with pytest.raises(CallError) as caught:
-                await read(running, preferring("a"), freeze)
-            assert loop.time() - frozen[0] < 3.0
-            assert caught.value.reason == "STREAM_INTERRUPTED"
-            await running.until("a", lambda b: b.state == BACKEND.STATE_UNREACHABLE)
-            assert (await running.backend("a")).detail == "it stopped answering, as if frozen"
-            for _ in range(3):
-                events = await running.peer.generate(with_options(ask(model="m"), token_count=3))
-                assert events[0].started.backend == "b"
-            a.thaw()
-            await running.until("a", is_active)
+        with pytest.raises(CallError) as caught:
+            await read(running, preferring("a"), freeze)
+        assert loop.time() - frozen[0] < 3.0
+        assert caught.value.reason == "STREAM_INTERRUPTED"
+        await running.until("a", lambda b: b.state == BACKEND.STATE_UNREACHABLE)
+        assert (await running.backend("a")).detail == "it stopped answering, as if frozen"
+        for _ in range(3):
+            events = await running.peer.generate(with_options(ask(model="m"), token_count=3))
+            assert events[0].started.backend == "b"
+        a.thaw()
+        await running.until("a", is_active)
 
 
 async def test_a_drained_backend_gets_no_calls_and_finishes_those_it_has(tmp_path: Path) -> None:
-    async with backend("a") as a, backend("b") as b:
-        async with orchestrator(tmp_path, a=a.address, b=b.address) as running:
-            await running.until("a", is_active)
-            await running.until("b", is_active)
-            async with asyncio.TaskGroup() as group:
-                reply = group.create_task(read(running, preferring("a", "b")))
-                await running.until("a", lambda b: b.active_call_count == 1)
-                await running.fleet.DrainBackend(fleet_pb2.DrainBackendRequest(backend="a"))
-                events = await running.peer.generate(preferring("a", "b"))
-                assert events[0].started.backend == "b"
-            grammar.check(reply.result())
-            assert reply.result()[0].started.backend == "a"
-            await running.fleet.ResumeBackend(fleet_pb2.ResumeBackendRequest(backend="a"))
-            events = await running.peer.generate(with_options(preferring("a", "b"), token_count=3))
-            assert events[0].started.backend == "a"
+    async with (
+        backend("a") as a,
+        backend("b") as b,
+        orchestrator(tmp_path, a=a.address, b=b.address) as running,
+    ):
+        await running.until("a", is_active)
+        await running.until("b", is_active)
+        async with asyncio.TaskGroup() as group:
+            reply = group.create_task(read(running, preferring("a", "b")))
+            await running.until("a", lambda b: b.active_call_count == 1)
+            await running.fleet.DrainBackend(fleet_pb2.DrainBackendRequest(backend="a"))
+            events = await running.peer.generate(preferring("a", "b"))
+            assert events[0].started.backend == "b"
+        grammar.check(reply.result())
+        assert reply.result()[0].started.backend == "a"
+        await running.fleet.ResumeBackend(fleet_pb2.ResumeBackendRequest(backend="a"))
+        events = await running.peer.generate(with_options(preferring("a", "b"), token_count=3))
+        assert events[0].started.backend == "a"
 
 
 async def test_a_backend_that_is_told_to_stop_finishes_its_calls_and_gets_no_more(tmp_path: Path) -> None:
-    async with backend("a") as a, backend("b") as b:
-        async with orchestrator(tmp_path, a=a.address, b=b.address) as running:
-            await running.until("a", is_active)
-            await running.until("b", is_active)
-            async with asyncio.TaskGroup() as group:
-                reply = group.create_task(read(running, preferring("a", "b")))
-                await running.until("a", lambda b: b.active_call_count == 1)
-                a.signal(signal.SIGTERM)
-                await running.until("a", lambda b: b.state == BACKEND.STATE_DRAINING)
-                events = await running.peer.generate(preferring("a", "b"))
-                assert events[0].started.backend == "b"
-            grammar.check(reply.result())
-            assert await a.wait() == 0
-            await running.until("a", lambda b: b.state == BACKEND.STATE_UNREACHABLE)
+    async with (
+        backend("a") as a,
+        backend("b") as b,
+        orchestrator(tmp_path, a=a.address, b=b.address) as running,
+    ):
+        await running.until("a", is_active)
+        await running.until("b", is_active)
+        async with asyncio.TaskGroup() as group:
+            reply = group.create_task(read(running, preferring("a", "b")))
+            await running.until("a", lambda b: b.active_call_count == 1)
+            a.signal(signal.SIGTERM)
+            await running.until("a", lambda b: b.state == BACKEND.STATE_DRAINING)
+            events = await running.peer.generate(preferring("a", "b"))
+            assert events[0].started.backend == "b"
+        grammar.check(reply.result())
+        assert await a.wait() == 0
+        await running.until("a", lambda b: b.state == BACKEND.STATE_UNREACHABLE)
 
 
 async def test_a_cancelled_call_stops_at_the_backend(tmp_path: Path) -> None:
@@ -241,15 +253,18 @@ async def test_a_cancelled_call_stops_at_the_backend(tmp_path: Path) -> None:
 
 async def test_an_orchestrator_before_an_orchestrator_is_a_backend_like_any_other(tmp_path: Path) -> None:
     (tmp_path / "inner").mkdir()
-    async with backend("a") as a, orchestrator(tmp_path / "inner", a=a.address) as inner:
-        async with orchestrator(tmp_path, far=inner.process.address) as running:
-            await running.until("far", is_active)
-            events = await running.peer.generate(preferring("far"))
-            grammar.check(events)
-            assert events[0].started.backend == "far"
-            with pytest.raises(CallError) as caught:
-                await read(running, ask(model="m"), lambda: a.signal(signal.SIGKILL))
-            assert caught.value.reason == "STREAM_INTERRUPTED"
+    async with (
+        backend("a") as a,
+        orchestrator(tmp_path / "inner", a=a.address) as inner,
+        orchestrator(tmp_path, far=inner.process.address) as running,
+    ):
+        await running.until("far", is_active)
+        events = await running.peer.generate(preferring("far"))
+        grammar.check(events)
+        assert events[0].started.backend == "far"
+        with pytest.raises(CallError) as caught:
+            await read(running, ask(model="m"), lambda: a.signal(signal.SIGKILL))
+        assert caught.value.reason == "STREAM_INTERRUPTED"
 
 
 async def test_an_orchestrator_that_is_told_to_stop_finishes_its_calls(tmp_path: Path) -> None:
