@@ -460,7 +460,7 @@ class Up:
         self._voice.say(f"> {self._question}")
         try:
             with self._voice.hold():
-                await answer(client, [message(pb.ROLE_USER, self._question)], Wishes())
+                await answer(client, [message(pb.ROLE_USER, self._question)], Wishes(temperature=0))
         except Failure as failure:
             trouble = problems.from_failure(failure)
         except Problem as problem:
