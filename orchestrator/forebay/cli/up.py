@@ -139,7 +139,7 @@ def _names(sections: Mapping[str, Settings], wanted: Sequence[str]) -> tuple[str
         )
     if not wanted:
         wanted = [name for name in ALWAYS if name in sections]
-        if getattr(sections.get("openai"), "base_url", ""):
+        if "openai" in sections and "base_url" in sections["openai"].model_fields_set:
             wanted.append("openai")
     return tuple(name for name in SERVICES if name in wanted)
 
