@@ -29,7 +29,11 @@ HEADS = 4
 
 def byte_alphabet() -> dict[int, str]:
     """Returns the printable stand-in of every byte in byte-level vocabularies."""
-    printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
+    printable = [
+        *range(ord("!"), ord("~") + 1),
+        *range(ord("¡"), ord("¬") + 1),
+        *range(ord("®"), ord("ÿ") + 1),
+    ]
     alphabet = {b: chr(b) for b in printable}
     others = (b for b in range(256) if b not in alphabet)
     return alphabet | {b: chr(256 + i) for i, b in enumerate(others)}
@@ -164,7 +168,12 @@ def _write(
             for t in added
         ],
         "normalizer": None,
-        "pre_tokenizer": {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True},
+        "pre_tokenizer": {
+            "type": "ByteLevel",
+            "add_prefix_space": False,
+            "trim_offsets": True,
+            "use_regex": True,
+        },
         "post_processor": None,
         "decoder": {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": True, "use_regex": True},
         "model": {"type": "BPE", "vocab": vocab, "merges": [m.split(" ") for m in MERGES]},

@@ -163,7 +163,7 @@ async def test_a_cancelled_answer_is_cancelled_at_the_other_end(
 
 
 async def test_a_lost_event_on_the_wire_is_told_and_the_call_cancelled(engine: ScriptedEngine) -> None:
-    noisy = ScriptedEngine(models=["fail:SKIP@2"], numbered=True)
+    noisy = ScriptedEngine(numbered=True)
     async with (
         serving(ServerSettings(address="127.0.0.1:0"), more=[raw(noisy)]) as up,
         connected(up.address) as client,

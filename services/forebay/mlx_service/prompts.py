@@ -1,4 +1,4 @@
-"""Conversations as chat templates want them: plain dictionaries in the form that Hugging Face templates share."""
+"""Conversations as chat templates want them: plain dictionaries, in the form that all templates share."""
 
 from __future__ import annotations
 

@@ -44,9 +44,12 @@ from forebay.mlx_service.worker.sampling import Array, Processor, SamplingParams
 
 log = logging.getLogger(__name__)
 
-PREFILL_STEP = 512
-"""Tokens of a prompt read in one step. Rows that write wait for it, so it bounds the gap between their
-tokens; much less, and the reading itself gets slower."""
+PREFILL_STEPS = (16, 32, 64, 128, 256, 512)
+"""Tokens of a prompt that may be read in one step. More than 512 hardly makes reading faster."""
+
+PREFILL_SECONDS = 0.5
+"""How long one such step may take. Rows that write wait for it, and a cancelled row holds its place for it.
+Small models on Metal read 512 tokens in less; a CPU reads 16 in more."""
 
 ROW_RETRIES = 2
 """Times a row is read again after steps that failed. A fault that comes back is no accident."""
@@ -99,11 +102,11 @@ class Waiting:
 
 @dataclass(frozen=True, slots=True)
 class Reading:
-    """The row is in the batch and so much of its prompt was read, at that time."""
+    """The row is in the batch, since then, and so much of its prompt was read."""
 
     done: int
     total: int
-    at: float
+    since: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -218,11 +221,11 @@ class Engine:
         load: loads the model, on the engine's thread.
         rows: most rows at once.
         queue_rows: most rows that wait for a place.
-        prefill_step: tokens of a prompt read in one step.
+        prefill_step: tokens of a prompt read in one step. None measures what the device can do.
     """
 
     def __init__(
-        self, load: Loader, *, rows: int, queue_rows: int = 64, prefill_step: int = PREFILL_STEP
+        self, load: Loader, *, rows: int, queue_rows: int = 64, prefill_step: int | None = None
     ) -> None:
         self._load = load
         self._rows = rows
@@ -371,30 +374,44 @@ class Engine:
         self._model, end_tokens = self._load()
         self._end_tokens = frozenset(end_tokens)
         self._batch = self._new_batch()
-        self._warm_up()
+        self._warm_up(2)
+        took = self._warm_up(PREFILL_STEPS[0] + 1)
+        if self._prefill_step is None:
+            # Measured once: with a step that changes, the low bits and so even greedy replies could differ.
+            fits = [step for step in PREFILL_STEPS if took * step / PREFILL_STEPS[0] <= PREFILL_SECONDS]
+            self._prefill_step = max(fits, default=PREFILL_STEPS[0])
+            self._batch.close()
+            self._batch = self._new_batch()
+        mx.clear_cache()
         self._measure()
 
     def _new_batch(self) -> Batch:
         return Batch(
             self._model,
             rows=self._rows,
-            prefill_step=self._prefill_step,
+            prefill_step=self._prefill_step or PREFILL_STEPS[0],
             end_tokens=sorted(self._end_tokens),
         )
 
-    def _warm_up(self) -> None:
-        """Runs the model once, so that no request has to compile kernels or find out that it is broken."""
+    def _warm_up(self, count: int) -> float:
+        """Runs the model on some tokens, so that no request has to compile kernels or find out it is broken.
+
+        Returns the seconds of its longest step.
+        """
         uid = self._batch.insert(
-            (0,) * 8, most=3, sampler=sampler(SamplingParams(temperature=0), position=0), processors=()
+            (0,) * count, most=2, sampler=sampler(SamplingParams(temperature=0), position=0), processors=()
         )
+        longest = 0.0
         while True:
+            began = time.monotonic()
             _, written = self._batch.step()
+            longest = max(longest, time.monotonic() - began)
             if written:
                 self.vocabulary_size = int(written[0].logprobs.shape[-1])
             if any(token.ended for token in written):
                 break
         self._batch.remove(uid)
-        mx.clear_cache()
+        return longest
 
     def _measure(self) -> None:
         self._memory_bytes = int(mx.get_active_memory())
@@ -497,7 +514,7 @@ class Engine:
         now = self._stepped_at = time.monotonic()
         self._steps += 1
         for progress in read:
-            self._on_read(progress, now)
+            self._on_read(progress)
         for token in written:
             self._on_written(token, now)
         for uid, live in list(self._live.items()):
@@ -505,10 +522,10 @@ class Engine:
                 self._drop(uid)
                 self._fail(live.ticket, live.guard.error)
 
-    def _on_read(self, progress: Prefilled, now: float) -> None:
+    def _on_read(self, progress: Prefilled) -> None:
         live = self._live.get(progress.uid)
         if live is not None and not live.written:
-            self._tell(live.ticket, Reading(progress.done, progress.total, now))
+            self._tell(live.ticket, Reading(progress.done, progress.total, live.since))
 
     def _on_written(self, generated: Generated, now: float) -> None:
         live = self._live.get(generated.uid)

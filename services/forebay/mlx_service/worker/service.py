@@ -41,8 +41,8 @@ log = logging.getLogger(__name__)
 DEFAULT_TEMPERATURE = 0.7
 """Temperature of a request that names none: what most chat models are tuned around."""
 
-LONG_PROMPT = 512
-"""Tokens from which reading a prompt takes more than a step, so that there is progress to tell."""
+LONG_PROMPT = 64
+"""Tokens from which reading a prompt may take so long that people want to see progress."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -498,7 +498,7 @@ class _Reply:
             progress = pb.Progress(stage=pb.Progress.STAGE_QUEUED, queue_position=happening.position)
         else:
             if self._admitted is None:
-                self._admitted = happening.at
+                self._admitted = happening.since
             if happening.total <= LONG_PROMPT:
                 return
             progress = pb.Progress(
