@@ -14,13 +14,14 @@ from dataclasses import dataclass, field
 
 from forebay.testing.fake_ollama_wire import WireMessage
 
-_WORDS = (
-    "water gathers behind the gate and every turbine takes what it can while quiet hands keep "
-    "levels even so no blade runs dry nor does any spill find an open field below this old stone "
-    "wall where caf\u00e9 lamps \U0001f600 glow"
-).split()
-
 _TOKEN = re.compile(r"\s*\S+")
+
+_WORDS = re.findall(
+    r"\S+",
+    "water gathers behind the gate and every turbine takes what it can while quiet hands keep levels even "
+    "so no blade runs dry nor does any spill find an open field below this old stone wall where "
+    "caf\u00e9 lamps \U0001f600 glow",
+)
 
 
 def tokens_of(text: str) -> list[str]:
