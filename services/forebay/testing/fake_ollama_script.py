@@ -20,11 +20,11 @@ from aiohttp import web
 from forebay.testing.fake_ollama_wire import go_json
 
 
-class Proceed(Exception):  # noqa: N818 - a way out of a script, not an error
+class Proceed(Exception):
     """The script is over and the server answers as it normally would."""
 
 
-class Reset(Exception):  # noqa: N818 - a way out of a script, not an error
+class Reset(Exception):
     """The script is over and the connection is torn down."""
 
 

@@ -25,6 +25,8 @@ _DURATION_PART = re.compile(r"([0-9]*\.?[0-9]+)([a-zµ]*)")
 _NAME_PART = re.compile(r"^[A-Za-z0-9_][A-Za-z0-9_.\-]{0,79}$")
 _NAMESPACE = re.compile(r"^[A-Za-z0-9_][A-Za-z0-9_\-]{0,79}$")
 _HOST = re.compile(r"^[A-Za-z0-9_][A-Za-z0-9_.:\-]{0,349}$")
+# `xhigh` is not in every server's list; the official client of 2026 sends it.
+_THINK_LEVELS = ("high", "medium", "low", "max", "xhigh")
 _DIGEST = re.compile(r"^sha256[:-][0-9a-fA-F]{64}$")
 
 REQUEST_OPTIONS: Mapping[str, str] = {
@@ -216,11 +218,10 @@ def parse_think(value: object) -> bool | str | None:
     """
     if value is None or isinstance(value, bool):
         return value
-    if isinstance(value, str) and value in ("low", "medium", "high", "max"):
+    if isinstance(value, str) and value in _THINK_LEVELS:
         return value
-    raise WireError(
-        400, f'invalid think value: "{value}" (must be "high", "medium", "low", "max", true, or false)'
-    )
+    levels = ", ".join(f'"{level}"' for level in _THINK_LEVELS)
+    raise WireError(400, f'invalid think value: "{value}" (must be {levels}, true, or false)')
 
 
 def check_options(options: Mapping[str, object]) -> dict[str, object]:
