@@ -20,7 +20,6 @@ from forebay.kit.failure import (
     BackendBusy,
     BackendError,
     BackendUnavailable,
-    CallerLeft,
     CapabilityUnsupported,
     ContextExceeded,
     Failure,
@@ -274,7 +273,8 @@ def _classify(  # noqa: PLR0911, PLR0912  # a table, read from its top
             f"{backend} cannot serve now{because}", metadata=metadata, retry_after=error.retry_after
         )
     if status == 499:
-        return CallerLeft(f"{backend} saw the caller leave", metadata=metadata)
+        # We are still here, so something between us and the server gave up.
+        return BackendUnavailable(f"{backend} was told that we had left", metadata=metadata)
     if status == 501 or says(*_UNSUPPORTED):
         return CapabilityUnsupported(f"{backend} cannot do what is asked{because}", metadata=metadata)
     if says(*_MODEL_GONE):

@@ -14,7 +14,7 @@ _log = logging.getLogger(__name__)
 Probe: TypeAlias = Callable[[], Awaitable[None]]
 """Asks the server whether it can serve; raises a `Failure` that says why not. Must never load a model."""
 
-Change: TypeAlias = Callable[[bool, str], None]
+Change: TypeAlias = Callable[[bool, str], Awaitable[None]]
 """Is told whether the server can serve, and if not, why, in one sentence."""
 
 
@@ -57,5 +57,5 @@ async def watch_presence(
             if told is None or state[0] != told[0]:
                 _log.info("%s %s", name, "serves" if state[0] else f"does not serve: {printable(state[1])}")
             told = state
-            change(*state)
+            await change(*state)
         await sleep(interval)
