@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Coroutine
+from collections.abc import Coroutine, Generator
 from contextvars import Context
 from types import TracebackType
 from typing import Any, TypeVar
@@ -23,7 +23,8 @@ class OwnedTasks(asyncio.TaskGroup):
 
     def create_task(
         self,
-        coro: Coroutine[Any, Any, T],  # Any: the type of the standard library's own parameter
+        coro: Generator[Any, None, T]
+        | Coroutine[Any, Any, T],  # Any: the type of the standard library's own parameter
         *,
         name: str | None = None,
         context: Context | None = None,
