@@ -7,12 +7,10 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from typing import TypeAlias
 
+from forebay.upstream.tasks import OwnedTasks
+
 Stop: TypeAlias = Callable[[], Awaitable[None]]
 """Ends the ticking and returns when the last tick is over."""
-
-
-class _Over(Exception):
-    """The block has ended well."""
 
 
 @contextmanager
@@ -24,17 +22,15 @@ def _ungrouped() -> Iterator[None]:
         first: BaseException = group
         while isinstance(first, BaseExceptionGroup):
             first = first.exceptions[0]
-        if not isinstance(first, _Over):
-            raise first from first.__cause__
+        raise first from first.__cause__
 
 
 @asynccontextmanager
 async def background() -> AsyncIterator[asyncio.TaskGroup]:
     """Gives a group whose tasks are cancelled, and waited for, at the end of the block."""
     with _ungrouped():
-        async with asyncio.TaskGroup() as group:
+        async with OwnedTasks() as group:
             yield group
-            raise _Over
 
 
 @asynccontextmanager

@@ -403,7 +403,7 @@ class FakeOllama:
         }
         answer: dict[str, object] = {
             "license": "A licence.",
-            "modelfile": f"FROM {model.name}\n",
+            "modelfile": f"# To build a new one from this, replace FROM\nFROM /models/blobs/sha256-{model.weights}\n",
             "parameters": 'stop                           "<|eot_id|>"',
             "template": "{{ .Prompt }}",
             "details": self._details(model),

@@ -62,6 +62,11 @@ class FakeModel:
         return name
 
     @property
+    def weights(self) -> str:
+        """Digest of the file of weights, without the algorithm's name."""
+        return hashlib.sha256(f"weights {self.family} {self.size} {self.quantization}".encode()).hexdigest()
+
+    @property
     def digest(self) -> str:
         """Digest of the manifest, without the algorithm's name."""
         return hashlib.sha256(f"{self.family} {self.size} {self.quantization}".encode()).hexdigest()
