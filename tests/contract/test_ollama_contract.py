@@ -23,7 +23,9 @@ async def bridged(
     *, model: str, capabilities: frozenset[pb.Capability.ValueType], version: str = "0.33.0", slots: int = 4
 ) -> AsyncIterator[Target]:
     long = FakeModel(name="long:latest", answer_tokens=2000)
-    fake = FakeOllama([*MODELS, long], version=version, scheduler=Scheduler(parallel=slots), token_seconds=0.002)
+    fake = FakeOllama(
+        [*MODELS, long], version=version, scheduler=Scheduler(parallel=slots), token_seconds=0.002
+    )
 
     async def active() -> int:
         return fake.running

@@ -103,8 +103,9 @@ class Client:
         try:
             said = obj(await self._upstream.get_json("/api/version", timeout=self._timeout))
         except UpstreamError as error:
+            hint = "; it may refuse the name it is called by: set host_header" if error.status == 403 else ""
             raise BackendUnavailable(
-                f"what listens at {self._upstream.base_url} does not answer as Ollama does ({error})",
+                f"what listens at {self._upstream.base_url} does not answer as Ollama does ({error}){hint}",
                 metadata={"backend": self._name},
             ) from error
         if not isinstance(said.get("version"), str):

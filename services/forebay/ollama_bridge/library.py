@@ -13,7 +13,7 @@ import logging
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import replace
 from datetime import timedelta
-from typing import Final
+from typing import Final, TypeAlias
 
 from forebay.inference.v1 import inference_pb2 as pb
 from forebay.kit.engine import SendLoad, SendPull
@@ -41,6 +41,9 @@ from forebay.upstream.values import JsonObject, integer, text
 _log = logging.getLogger(__name__)
 
 _UNLOAD_POLL: Final = (0.02, 0.5)  # seconds between looks whether a model is gone, first and at most
+_Layers: TypeAlias = Mapping[str, models_pb.PullProgress]
+"""How far each layer of a fetch is, the latest last. What is about no layer is under the empty digest."""
+
 _VISION_CONTEXT: Final = 2048  # tokens that the server gives vision models at least
 
 
@@ -59,7 +62,7 @@ class Library:
         self._client = client
         self._catalogue = Catalogue(client, backend=self._name, flights=SingleFlight(group))
         self._loads: SingleFlight[str, float, float] = SingleFlight(group)
-        self._pulls: SingleFlight[str, models_pb.PullProgress, None] = SingleFlight(group)
+        self._pulls: SingleFlight[str, _Layers, None] = SingleFlight(group)
         self._unloading: set[str] = set()
         self._asked: dict[str, Setting] = {}
         self.version = Version.of("")
@@ -101,9 +104,13 @@ class Library:
     async def pull_model(self, request: models_pb.PullModelRequest, send: SendPull) -> None:
         """See `ModelEngine.pull_model`."""
         self._check_pull(request)
+        told: dict[str, models_pb.PullProgress] = {}
 
-        async def progress(latest: models_pb.PullProgress) -> None:
-            await send(models_pb.PullModelResponse(progress=latest))
+        async def progress(latest: _Layers) -> None:
+            for digest, layer in latest.items():
+                if told.get(digest) != layer:
+                    told[digest] = layer
+                    await send(models_pb.PullModelResponse(progress=layer))
 
         await self._pulls.join(
             canonical(request.model), lambda report: self._pull(request.model, report), progress=progress
@@ -334,8 +341,8 @@ class Library:
                 metadata={"backend": self._name, "registry": registry},
             )
 
-    async def _pull(self, model: str, report: Report[models_pb.PullProgress]) -> None:
-        completed: dict[str, int] = {}
+    async def _pull(self, model: str, report: Report[_Layers]) -> None:
+        layers: dict[str, models_pb.PullProgress] = {}
         stall = self._settings.stall_timeout.total_seconds()
         body: JsonObject = {"model": model, "stream": True}
         with translated(backend=self._name, model=model):
@@ -344,21 +351,20 @@ class Library:
             ) as objects:
                 async for line in objects:
                     status, digest = text(line, "status"), text(line, "digest")
-                    # Two fetches may report the same layer by turns, each with its own count.
-                    here = max(integer(line, "completed"), completed.get(digest, 0))
-                    if digest:
-                        completed[digest] = here
                     if status == "success":
                         self._catalogue.forget()
                         return
-                    report(
-                        models_pb.PullProgress(
-                            detail=printable(status)[:200],
-                            digest=digest,
-                            total_bytes=integer(line, "total"),
-                            completed_bytes=here,
-                        )
+                    before = layers.pop(digest, None)
+                    layers[digest] = models_pb.PullProgress(
+                        detail=printable(status)[:200],
+                        digest=digest,
+                        total_bytes=integer(line, "total"),
+                        # Two fetches may report one layer by turns, each with its own count.
+                        completed_bytes=max(
+                            integer(line, "completed"), before.completed_bytes if before is not None else 0
+                        ),
                     )
+                    report(dict(layers))
         raise BrokenStream(
             f"{self._name} stopped fetching {model} without saying why; asked again, it goes on where it was",
             metadata={"backend": self._name, "model": model},
