@@ -171,7 +171,6 @@ class OpenAiEngine:
                         call,
                         fetch,
                         identity="" if OPTIONS_KEY in request.backend_options else known,
-                        model=offer.id,
                     )
             response.weights.CopyFrom(offer.weights)
             return response
@@ -186,7 +185,7 @@ class OpenAiEngine:
                 await self._ready(identity, offer)
                 with translated(backend=self._name, model=request.model):
                     count = await self._client.count(body, flavor=identity.flavor)
-            return pb.CountTokensResponse(token_count=count, backend=self._name, model=offer.id)
+            return pb.CountTokensResponse(token_count=count, backend=self._name, model=request.model)
 
     async def list_models(self, request: pb.ListModelsRequest) -> pb.ListModelsResponse:
         """Lists the models that the server offers. Loads none."""
@@ -378,6 +377,7 @@ def _capabilities(identity: Identity, offer: Offer) -> dict[pb.Capability.ValueT
     """Returns what is known of a model. What depends on its chat template is not."""
     flavor = identity.flavor
     known: dict[pb.Capability.ValueType, bool] = {
+        pb.CAPABILITY_GENERATE: True,
         pb.CAPABILITY_JSON_SCHEMA: flavor.output_format,
         pb.CAPABILITY_GRAMMAR: False,
         pb.CAPABILITY_SEED: "seed" in flavor.sampling,
