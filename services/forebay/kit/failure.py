@@ -351,21 +351,21 @@ _BY_CODE: dict[grpc.StatusCode, type[Failure]] = {
 }
 
 
-def from_rpc_error(error: grpc.RpcError, *, backend: str) -> Failure:
+def from_rpc_error(error: grpc.aio.AioRpcError, *, backend: str) -> Failure:
     """Returns the failure behind an error that a gRPC call raised.
 
     A `google.rpc.Status` with our domain gives back the class that was raised
     over there. Anything else, such as a dead connection, is classed by its code.
 
     Args:
-        error: what the call raised; it must also be a `grpc.Call`, as grpc's own errors are.
+        error: what the call raised.
         backend: name of the backend, put into the metadata.
     """
     code = error.code()
     text = error.details() or ""
     metadata = {"backend": backend}
     try:
-        status = rpc_status.from_call(error)
+        status = rpc_status.from_call(error)  # type: ignore[arg-type]  # it has the methods of a Call
     except ValueError:  # the status in the trailers contradicts the call's: trust the call
         status = None
     if status is not None:

@@ -25,7 +25,7 @@ Request: TypeAlias = pb.GenerateRequest | pb.EmbedRequest | pb.CountTokensReques
 Event: TypeAlias = pb.GenerateResponse | pb.EmbedResponse | pb.CountTokensResponse
 """What a call can be answered with. `Embed` and `CountTokens` are streams of one event."""
 
-R = TypeVar("R", bound=Request, covariant=True)
+Request_co = TypeVar("Request_co", bound=Request, covariant=True)
 
 Send: TypeAlias = Callable[[Event], Awaitable[None]]
 """Passes an event towards the client. Returns when there is room for the next one."""
@@ -46,13 +46,13 @@ _URGENCIES = {
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Call(Generic[R]):
+class Call(Generic[Request_co]):
     """One request on its way through a stack.
 
     A layer never changes a call; it passes on a changed copy made by `with_`.
     """
 
-    request: R
+    request: Request_co
     """What is asked for."""
     request_id: str = field(default_factory=lambda: str(uuid.uuid4()))
     """Identifies the call in logs, spans and answers."""
@@ -76,7 +76,7 @@ class Call(Generic[R]):
             return None
         return max(0.0, self.deadline - asyncio.get_running_loop().time())
 
-    def with_(self, **changes: object) -> Call[R]:
+    def with_(self, **changes: object) -> Call[Request_co]:
         """Returns a copy with the named fields changed."""
         return replace(self, **changes)  # type: ignore[arg-type]  # dataclass checks the names
 
@@ -88,7 +88,8 @@ class Service(Protocol):
         forebay.kit.failure.Failure: the call failed; what was sent is a prefix of an answer.
     """
 
-    async def __call__(self, call: Call[Request], send: Send) -> None: ...
+    async def __call__(self, call: Call[Request], send: Send) -> None:
+        """Serves one call."""
 
 
 Layer: TypeAlias = Callable[[Service], Service]

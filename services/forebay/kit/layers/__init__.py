@@ -1,0 +1,1 @@
+"""Layers that backends and the orchestrator share."""

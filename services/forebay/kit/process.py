@@ -1,0 +1,131 @@
+"""How a service process starts and ends: settings, logs, telemetry, serve, drain.
+
+Exit codes follow sysexits.h: 64 for a wrong configuration, 69 where something
+that is needed is missing or taken, 70 for a fault of ours.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import contextlib
+import logging
+import os
+import signal
+import sys
+import traceback
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from pathlib import Path
+from typing import TypeVar, cast
+
+from forebay.kit import logs, telemetry
+from forebay.kit.config import ConfigError, ServerSettings, load
+from forebay.kit.logs import LogSettings
+from forebay.kit.server import StartError
+from forebay.kit.telemetry import Telemetry, TelemetrySettings
+
+EX_USAGE = 64
+EX_UNAVAILABLE = 69
+EX_SOFTWARE = 70
+
+STDIN_VARIABLE = "FOREBAY_EXIT_ON_STDIN_EOF"
+"""If set to 1, the end of standard input stops the process. A supervisor holds the other end of the pipe, so
+that its death, however sudden, leaves no orphan on any system."""
+
+SettingsT = TypeVar("SettingsT", bound=ServerSettings)
+
+
+def main(
+    service: str,
+    settings_type: type[SettingsT],
+    serve: Callable[[SettingsT, Telemetry], Awaitable[None]],
+    argv: Sequence[str] | None = None,
+) -> int:
+    """Runs a service process from its command line and returns its exit code.
+
+    Args:
+        service: name of the service and of its section in the configuration.
+        settings_type: type of that section.
+        serve: serves until it is cancelled by nothing but its own end; it usually awaits `until_stopped`.
+        argv: the command line, without the program's name; None takes the process's own.
+    """
+    arguments = _parse(service, argv)
+    if arguments.address:
+        os.environ[f"FOREBAY_{service.upper()}__ADDRESS"] = arguments.address
+    try:
+        sections = load(
+            {service: settings_type, "log": LogSettings, "telemetry": TelemetrySettings},
+            path=arguments.config,
+        )
+    except ConfigError as error:
+        for line in error.lines:
+            print(line, file=sys.stderr)  # noqa: T201 - there is no log yet, and people read this
+        return EX_USAGE
+    logs.setup(cast("LogSettings", sections["log"]), service=service)
+    tracing = telemetry.setup(f"forebay-{service}", cast("TelemetrySettings", sections["telemetry"]))
+    try:
+        asyncio.run(_serve(serve(cast("SettingsT", sections[service]), tracing)))
+    except StartError as error:
+        if arguments.debug:
+            traceback.print_exc()
+        print(f"forebay {service}: {error}", file=sys.stderr)  # noqa: T201 - one readable line, not a log record
+        return EX_UNAVAILABLE
+    except Exception:
+        logging.getLogger(__name__).exception("forebay %s stops because of a fault of its own", service)
+        return EX_SOFTWARE
+    finally:
+        tracing.shutdown()
+    return 0
+
+
+async def _serve(served: Awaitable[None]) -> None:
+    await served
+
+
+def announce(service: str, address: str) -> None:
+    """Says on standard output that the service listens, for supervisors and tests that wait for it."""
+    print(f"forebay {service} listening on {address}", flush=True)  # noqa: T201 - the line is an interface
+
+
+async def until_stopped() -> None:
+    """Returns when the process is asked to stop: SIGTERM, SIGINT, or the end of a supervisor's pipe."""
+    async with stop_requests() as stopped:
+        await stopped.wait()
+
+
+@contextlib.asynccontextmanager
+async def stop_requests() -> AsyncIterator[asyncio.Event]:
+    """Gives an event that is set when the process is asked to stop, for as long as the block runs."""
+    loop = asyncio.get_running_loop()
+    stopped = asyncio.Event()
+    signals = (signal.SIGTERM, signal.SIGINT)
+    for number in signals:
+        loop.add_signal_handler(number, stopped.set)
+    watches_stdin = os.environ.get(STDIN_VARIABLE) == "1"
+    if watches_stdin:
+        loop.add_reader(sys.stdin.fileno(), _read_stdin, loop, stopped)
+    try:
+        yield stopped
+    finally:
+        for number in signals:
+            loop.remove_signal_handler(number)
+        if watches_stdin:
+            loop.remove_reader(sys.stdin.fileno())
+
+
+def _read_stdin(loop: asyncio.AbstractEventLoop, stopped: asyncio.Event) -> None:
+    if not os.read(sys.stdin.fileno(), 4096):
+        loop.remove_reader(sys.stdin.fileno())
+        stopped.set()
+
+
+def _parse(service: str, argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog=f"forebay-{service}", description=f"Runs Forebay's {service} process."
+    )
+    parser.add_argument(
+        "--config", type=Path, help="configuration file; default: forebay.toml here or in the user's"
+    )
+    parser.add_argument("--address", help="address to listen on, instead of the configured one")
+    parser.add_argument("--debug", action="store_true", help="show tracebacks of errors at start")
+    return parser.parse_args(argv)
