@@ -236,7 +236,9 @@ async def _wait(server: Running, path: str, seconds: float) -> None:
     async with aiohttp.ClientSession() as session:
         while True:
             if server.process.returncode is not None or loop.time() > end:
-                raise RuntimeError(f"the server did not come up:\n{server.log.read_text(errors='replace')[-4000:]}")
+                raise RuntimeError(
+                    f"the server did not come up:\n{server.log.read_text(errors='replace')[-4000:]}"
+                )
             try:
                 async with session.get(server.url + path) as response:
                     if response.status == 200:

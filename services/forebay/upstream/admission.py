@@ -240,6 +240,16 @@ class Admission:
         return timedelta(seconds=min(60.0, max(0.25, self._held_mean / self._slots)))
 
 
+def tell_queued(send: Send) -> Tell:
+    """Returns what tells a place in the queue as `progress`."""
+
+    async def tell(ahead: int) -> None:
+        stage = pb.Progress(stage=pb.Progress.STAGE_QUEUED, queue_position=ahead)
+        await send(pb.GenerateResponse(progress=stage))
+
+    return tell
+
+
 class Admit:
     """Serves a call when it has a slot; tells it its place in the queue until then.
 
@@ -259,11 +269,6 @@ class Admit:
 
     async def __call__(self, call: Call[Request], send: Send) -> None:
         """Serves the call. See `Admission.hold` for what it raises."""
-
-        async def tell(ahead: int) -> None:
-            stage = pb.Progress(stage=pb.Progress.STAGE_QUEUED, queue_position=ahead)
-            await send(pb.GenerateResponse(progress=stage))
-
-        told = tell if isinstance(call.request, pb.GenerateRequest) else None
+        told = tell_queued(send) if isinstance(call.request, pb.GenerateRequest) else None
         async with self._admission.hold(call, told):
             await self._inner(call, send)

@@ -95,6 +95,8 @@ class SseEvent:
     """The `id` field of this event."""
     error: str = ""
     """The `error` fields, joined by newlines."""
+    comment: str = ""
+    """A comment's text. Comments come alone, and only if they are asked for."""
 
 
 class SseSplitter:
@@ -105,10 +107,13 @@ class SseSplitter:
 
     Args:
         limit: most bytes of one event.
+        comments: whether to give comments as events of their own. Some servers tell there how far
+            they are with the prompt.
     """
 
-    def __init__(self, *, limit: int = LINE_LIMIT) -> None:
+    def __init__(self, *, limit: int = LINE_LIMIT, comments: bool = False) -> None:
         self._limit = limit
+        self._give_comments = comments
         self._buffer = bytearray()
         self._scanned = 0
         self._skip_newline = False
@@ -162,6 +167,8 @@ class SseSplitter:
             return
         if line.startswith(b":"):
             self.comments += 1
+            if self._give_comments:
+                events.append(SseEvent(comment=line[1:].decode("utf-8", "replace").strip()))
             return
         self._held += len(line)
         if self._held > self._limit:

@@ -99,6 +99,8 @@ class Reply:
     """Media type without parameters, in lower case."""
     body: bytes
     """The body."""
+    server: str = ""
+    """The `Server` header, which says what answers."""
 
 
 class Body:
@@ -126,6 +128,11 @@ class Body:
     def content_type(self) -> str:
         """Media type without parameters, in lower case."""
         return self._response.content_type.lower()
+
+    @property
+    def server(self) -> str:
+        """The `Server` header."""
+        return self._response.headers.get("Server", "")
 
     @property
     def status(self) -> int:
@@ -171,9 +178,9 @@ class Body:
         for line in splitter.finish():
             yield line
 
-    async def events(self) -> AsyncIterator[SseEvent]:
-        """Yields server-sent events. To be iterated once."""
-        splitter = SseSplitter(limit=self._line_limit)
+    async def events(self, *, comments: bool = False) -> AsyncIterator[SseEvent]:
+        """Yields server-sent events, with `comments` also comments. To be iterated once."""
+        splitter = SseSplitter(limit=self._line_limit, comments=comments)
         while chunk := await self.read():
             for event in splitter.feed(chunk):
                 yield event
@@ -351,7 +358,7 @@ class Upstream:
                 asyncio.timeout(timeout),
                 self.stream(method, path, *args, json=json, query=query) as body,
             ):
-                return Reply(body.status, body.content_type, await body.all())
+                return Reply(body.status, body.content_type, await body.all(), body.server)
         except TimeoutError as error:
             raise _late(self._name, timeout) from error
         except StreamInterrupted as error:
