@@ -20,7 +20,7 @@ from forebay.kit.failure import (
 from forebay.kit.pipeline import Call, Send
 from forebay.openai_bridge.client import Client, Offer
 from forebay.openai_bridge.flavors import MLX_LM, Flavor
-from forebay.openai_bridge.reply import DONE, ReplyReader
+from forebay.upstream.openai_chat import DONE, ReplyReader
 from forebay.openai_bridge.translate import Shortfalls
 from forebay.upstream.errors import UpstreamError, to_failure
 from forebay.upstream.framing import SseEvent
