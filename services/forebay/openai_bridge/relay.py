@@ -20,11 +20,11 @@ from forebay.kit.failure import (
 from forebay.kit.pipeline import Call, Send
 from forebay.openai_bridge.client import Client, Offer
 from forebay.openai_bridge.flavors import MLX_LM, Flavor
-from forebay.upstream.openai_chat import DONE, ReplyReader
 from forebay.openai_bridge.translate import Shortfalls
 from forebay.upstream.errors import UpstreamError, to_failure
 from forebay.upstream.framing import SseEvent
 from forebay.upstream.http import Body
+from forebay.upstream.openai_chat import DONE, ReplyReader
 from forebay.upstream.values import JsonObject, dump
 
 # What mlx_lm.server says where a model is missing. It answers 404 to all else that fails, too.
