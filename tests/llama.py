@@ -169,7 +169,7 @@ def _write(
         shapes = dict.fromkeys(("attn_q", "attn_k", "attn_v", "attn_output"), (width, width))
         shapes |= {"ffn_gate": (feed, width), "ffn_up": (feed, width), "ffn_down": (width, feed)}
         for name, shape in shapes.items():
-            weight = _normal(rng, *shape)
+            weight = _normal(rng, *shape) * np.float32(3 / np.sqrt(shape[1]))
             if name in {"attn_output", "ffn_down"}:
                 # No block may change the direction that every token has; a silent one changes nothing.
                 weight[slice(None) if silent else 0] = 0.0
