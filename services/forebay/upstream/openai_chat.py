@@ -79,11 +79,15 @@ class ReplyReader:
         self._think = ThinkSplitter()
         self._tools = ToolCalls(backend=backend)
         self._held = _Held()
-        self._finish_reason = ""
         self._stop_sequence = ""
         self._usage: JsonObject = {}
         self._timings: JsonObject = {}
-        self._chunks = 0
+        self.choices = 0
+        """Parts of the reply that came, also empty ones."""
+        self.finish_reason = ""
+        """Why the reply ended, in the server's word. Empty until it says so."""
+        self.stats: JsonObject = {}
+        """What LM Studio says of how the reply went. Empty where it does not."""
         self.done = False
         """Whether `[DONE]` came: the reply is whole, and what follows is ignored."""
         self.model = ""
@@ -133,17 +137,17 @@ class ReplyReader:
                 f"{self._backend} ended its reply without {DONE}: it is cut off",
                 metadata={"backend": self._backend},
             )
-        if not self._chunks:
+        if not self.choices:
             raise BrokenStream(
                 f"{self._backend} ended its reply without having begun it",
                 metadata={"backend": self._backend},
             )
-        if self._finish_reason in _BROKEN_OFF:
+        if self.finish_reason in _BROKEN_OFF:
             raise BrokenStream(
-                f"{self._backend} broke its reply off ({self._finish_reason})",
+                f"{self._backend} broke its reply off ({self.finish_reason})",
                 metadata={"backend": self._backend},
             )
-        reason = _REASONS.get(self._finish_reason, pb.FINISH_REASON_UNSPECIFIED)
+        reason = _REASONS.get(self.finish_reason, pb.FINISH_REASON_UNSPECIFIED)
         deltas = self._deltas(self._think.finish())
         deltas += [
             pb.Delta(tool_call=part) for part in self._tools.finish(cut=reason == pb.FINISH_REASON_LENGTH)
@@ -154,7 +158,7 @@ class ReplyReader:
             deltas.append(rest)
         if len(self._tools) and reason in {pb.FINISH_REASON_STOP, pb.FINISH_REASON_UNSPECIFIED}:
             reason = pb.FINISH_REASON_TOOL_CALLS
-        finished = pb.Finished(reason=reason, usage=self._used(), stop_sequence=self._stop_sequence)
+        finished = pb.Finished(reason=reason, usage=self.used(), stop_sequence=self._stop_sequence)
         prefill = number(self._timings, "prompt_ms")
         if prefill > 0:
             finished.timings.prefill_duration.FromMicroseconds(int(prefill * 1000))
@@ -164,6 +168,7 @@ class ReplyReader:
         self.model = self.model or text(chunk, "model")
         self._usage = obj(chunk.get("usage")) or self._usage
         self._timings = obj(chunk.get("timings")) or self._timings
+        self.stats = obj(chunk.get("stats")) or self.stats
         parts: list[pb.Delta | pb.Progress] = []
         if progress := obj(chunk.get("prompt_progress")):
             parts.append(_prefill(integer(progress, "processed"), integer(progress, "total")))
@@ -171,8 +176,8 @@ class ReplyReader:
             choice = obj(item)
             if integer(choice, "index") != 0:
                 continue  # one reply was asked for; others are not for us
-            self._chunks += 1
-            self._finish_reason = text(choice, "finish_reason") or self._finish_reason
+            self.choices += 1
+            self.finish_reason = text(choice, "finish_reason") or self.finish_reason
             self._stop_sequence = text(choice, "stop_reason") or self._stop_sequence
             self._take_logprobs(choice)
             # A server that does not stream after all sends the message whole.
@@ -235,7 +240,8 @@ class ReplyReader:
                         added.token_id = integer(one, "id")
                 self._held.logprobs.append(listed)
 
-    def _used(self) -> pb.Usage:
+    def used(self) -> pb.Usage:
+        """Returns the tokens used, as far as the server has said."""
         usage, timings = self._usage, self._timings
         cached = integer(
             obj(usage.get("prompt_tokens_details")), "cached_tokens", integer(timings, "cache_n")
