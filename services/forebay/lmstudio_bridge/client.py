@@ -276,9 +276,7 @@ class LmStudioClient:
             )
         total = max(0, integer(reply, "total_size_bytes"))
         done = total if status == "completed" else max(0, integer(reply, "downloaded_bytes"))
-        return Download(
-            job_id=text(reply, "job_id"), status=status, total_bytes=total, completed_bytes=done
-        )
+        return Download(job_id=text(reply, "job_id"), status=status, total_bytes=total, completed_bytes=done)
 
     @asynccontextmanager
     async def chat(

@@ -40,9 +40,7 @@ class LoadSettings(Settings):
 class LmStudioSettings(ServerSettings):
     """Where LM Studio is, and how much it may be given at once."""
 
-    address: Address = Field(
-        "127.0.0.1:50153", description="Address to listen on. Port 0 picks a free one."
-    )
+    address: Address = Field("127.0.0.1:50153", description="Address to listen on. Port 0 picks a free one.")
     name: str = Field("lmstudio", min_length=1, max_length=64, description="The backend's name.")
     base_url: str = Field(
         "http://127.0.0.1:1234",

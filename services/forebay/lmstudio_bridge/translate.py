@@ -9,7 +9,7 @@ from __future__ import annotations
 import base64
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Final
 
 from google.protobuf.struct_pb2 import Struct
@@ -44,8 +44,9 @@ class Shortfalls:
     """What a reply will lack, if the caller accepts that.
 
     Args:
-        request: what is asked for.
-        backend: the backend's name, for messages.
+        accepted: kinds of shortfall that the caller accepts.
+        backend: the backend's name, for the metadata.
+        model: the model that is asked.
     """
 
     def __init__(self, accepted: Sequence[pb.DegradationKind], *, backend: str, model: str) -> None:
@@ -86,16 +87,6 @@ class Options:
     """Seconds the model stays in memory after this use. None is the bridge's own setting."""
     draft_model: str = ""
     """Smaller model that drafts tokens for the larger to check. Empty is none."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Prepared:
-    """A request ready to be sent."""
-
-    body: dict[str, object]
-    """JSON for LM Studio."""
-    shortfalls: Shortfalls = field(repr=False)
-    """What the reply will lack."""
 
 
 def read_options(backend_options: Mapping[str, Struct], *, draft: bool = True) -> Options:
@@ -183,8 +174,15 @@ def read_quantization(backend_options: Mapping[str, Struct]) -> str:
 
 
 def chat_body(
-    request: pb.GenerateRequest, *, entry: Entry, model: str, options: Options, backend: str, jit: bool
-) -> Prepared:
+    request: pb.GenerateRequest,
+    *,
+    entry: Entry,
+    model: str,
+    options: Options,
+    shortfalls: Shortfalls,
+    backend: str,
+    jit: bool,
+) -> dict[str, object]:
     """Returns the body for `/v1/chat/completions`.
 
     Args:
@@ -192,13 +190,13 @@ def chat_body(
         entry: the model that is to answer.
         model: what reaches it.
         options: our own options of the request.
+        shortfalls: takes what the reply will lack.
         backend: the backend's name, for messages.
         jit: whether LM Studio may have to load the model for this request.
 
     Raises:
         CapabilityUnsupported: LM Studio or the model cannot do what is asked.
     """
-    shortfalls = Shortfalls(request.accepted_degradations, backend=backend, model=entry.key)
     body: dict[str, object] = {
         "model": model,
         "messages": messages(request.messages, entry=entry, shortfalls=shortfalls),
@@ -230,7 +228,7 @@ def chat_body(
         body["draft_model"] = options.draft_model
     if jit and options.ttl is not None:
         body["ttl"] = int(options.ttl)
-    return Prepared(body=body, shortfalls=shortfalls)
+    return body
 
 
 def messages(
