@@ -41,7 +41,8 @@ _FLAGS = (
 CHAT_TEMPLATE = (
     "{%- if tools %}<|im_start|>system\nTools: {{ tools | tojson }}<|im_end|>\n{% endif -%}"
     "{%- for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}"
-    "{%- for call in message.tool_calls or [] %}<tool_call>{{ call.function | tojson }}</tool_call>{% endfor -%}"
+    "{%- for call in message.tool_calls or [] %}<tool_call>{{ call.function | tojson }}</tool_call>"
+    "{% endfor -%}"
     "<|im_end|>\n{% endfor -%}"
     "{%- if add_generation_prompt %}<|im_start|>assistant\n{% endif -%}"
 )
@@ -135,10 +136,15 @@ def write_model(path: Path, *, seed: int = 1, width: int = 64, layers: int = 2, 
         writer.add_tensor(f"{prefix}.attn_norm.weight", np.ones(width, np.float32))
         writer.add_tensor(f"{prefix}.ffn_norm.weight", np.ones(width, np.float32))
         for name in ("attn_q", "attn_k", "attn_v", "attn_output"):
-            writer.add_tensor(f"{prefix}.{name}.weight", normal(width, width))
+            weight = normal(width, width)
+            if name == "attn_output":
+                weight[0] = 0.0  # no block may change that one direction
+            writer.add_tensor(f"{prefix}.{name}.weight", weight)
         writer.add_tensor(f"{prefix}.ffn_gate.weight", normal(feed, width))
         writer.add_tensor(f"{prefix}.ffn_up.weight", normal(feed, width))
-        writer.add_tensor(f"{prefix}.ffn_down.weight", normal(width, feed))
+        down = normal(width, feed)
+        down[0] = 0.0
+        writer.add_tensor(f"{prefix}.ffn_down.weight", down)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()

@@ -333,7 +333,7 @@ def _classes(root: type[Failure]) -> list[type[Failure]]:
     return [root, *(c for sub in root.__subclasses__() for c in _classes(sub))]
 
 
-_BY_REASON: dict[str, type[Failure]] = {c.reason: c for c in reversed(_classes(Failure))}
+_BY_REASON: dict[str, type[Failure]] = {c.reason: c for c in _classes(Failure)[1:]}
 
 _BY_CODE: dict[grpc.StatusCode, type[Failure]] = {
     grpc.StatusCode.INVALID_ARGUMENT: InvalidRequest,

@@ -15,6 +15,7 @@ import signal
 import sys
 import traceback
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from contextvars import ContextVar
 from pathlib import Path
 from typing import TypeVar, cast
 
@@ -32,6 +33,8 @@ STDIN_VARIABLE = "FOREBAY_EXIT_ON_STDIN_EOF"
 """If set to 1, the end of standard input stops the process. A supervisor holds the other end of the pipe, so
 that its death, however sudden, leaves no orphan on any system."""
 
+_STOPPED: ContextVar[asyncio.Event] = ContextVar("stopped")
+
 SettingsT = TypeVar("SettingsT", bound=ServerSettings)
 
 
@@ -46,7 +49,7 @@ def main(
     Args:
         service: name of the service and of its section in the configuration.
         settings_type: type of that section.
-        serve: serves until it is cancelled by nothing but its own end; it usually awaits `until_stopped`.
+        serve: serves, and returns after `until_stopped` has.
         argv: the command line, without the program's name; None takes the process's own.
     """
     arguments = _parse(service, argv)
@@ -79,7 +82,10 @@ def main(
 
 
 async def _serve(served: Awaitable[None]) -> None:
-    await served
+    # From the first moment on: a supervisor may change its mind before the port is bound.
+    async with stop_requests() as stopped:
+        _STOPPED.set(stopped)
+        await served
 
 
 def announce(service: str, address: str) -> None:
@@ -88,9 +94,11 @@ def announce(service: str, address: str) -> None:
 
 
 async def until_stopped() -> None:
-    """Returns when the process is asked to stop: SIGTERM, SIGINT, or the end of a supervisor's pipe."""
-    async with stop_requests() as stopped:
-        await stopped.wait()
+    """Returns when the process is asked to stop: SIGTERM, SIGINT, or the end of a supervisor's pipe.
+
+    Only for what `main` runs.
+    """
+    await _STOPPED.get().wait()
 
 
 @contextlib.asynccontextmanager

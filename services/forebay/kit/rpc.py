@@ -338,7 +338,10 @@ async def write(context: Context, event: Message) -> None:
 
 def _left(context: Context) -> Failure | None:
     """Returns the failure to report if the call is over on the caller's side, whatever else went wrong."""
-    if not (context.cancelled() or context.done()):
+    task = asyncio.current_task()
+    # grpc cancels the handler's task before the context says so.
+    cancelling = task is not None and task.cancelling() > 0
+    if not (cancelling or context.cancelled() or context.done()):
         return None
     if _is_late(context):
         return DeadlineExceeded("the caller's deadline passed")

@@ -10,7 +10,7 @@ from pathlib import PurePath
 from typing import Final
 
 from forebay.inference.v1 import inference_pb2 as pb
-from forebay.kit.failure import BackendError, BackendUnavailable, CapabilityUnsupported
+from forebay.kit.failure import BackendError, BackendUnavailable, CapabilityUnsupported, Failure
 from forebay.openai_bridge.flavors import FLAVORS, GENERIC, LLAMA_SERVER, MLX_LM, VLLM, Flavor
 from forebay.upstream.embeds import Batch
 from forebay.upstream.errors import UpstreamError, translated
@@ -58,6 +58,8 @@ class Identity:
     """Requests it serves at once. 0 is not known."""
     vision: bool = True
     """Whether it may take images."""
+    embeds: bool | None = None
+    """Whether it has embeddings, tried on the running server. None is not known."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -91,6 +93,12 @@ class Offer:
             parameter_count=size if isinstance(size, int) else 0,
             format="gguf" if isinstance(size, int) else "",
         )
+
+    @property
+    def size(self) -> int:
+        """Bytes of its weights. 0 is not known."""
+        size = self.fields.get("size")
+        return size if isinstance(size, int) else 0
 
     @property
     def fingerprint(self) -> str:
@@ -140,6 +148,7 @@ class Client:
                 router=router,
                 slots=0 if router else max(0, integer(props, "total_slots")),
                 vision=bool(modalities.get("vision", True)),
+                embeds=None if router else await self._tries_to_embed(),
             )
 
     async def probe(self, flavor: Flavor) -> None:
@@ -244,6 +253,16 @@ class Client:
         except UpstreamError as error:
             if not error.says("not running", "not loaded"):
                 raise
+
+    async def _tries_to_embed(self) -> bool | None:
+        """Embeds one letter: a server with one model, which is loaded, says at once that it cannot."""
+        try:
+            await self._http.post_json("/v1/embeddings", json={"input": "a"}, timeout=PROBE_TIMEOUT)
+        except UpstreamError as error:
+            return False if error.status == 501 else None
+        except Failure:
+            return None  # too busy to say
+        return True
 
     async def _guess(self) -> Flavor:
         reply = await self._http.request("GET", "/v1/models", timeout=PROBE_TIMEOUT)

@@ -50,10 +50,12 @@ class Flavor:
     """Whether it tells how far it is with the prompt in comments."""
     health: str = "/v1/models"
     """Path that answers 200 when it can serve, and never loads a model."""
+    counts: bool = False
+    """Whether it counts the tokens of a conversation."""
     embeds: bool = True
     """Whether it has embeddings at all."""
-    names_are_ignored: bool = False
-    """Whether it answers to any model name with the one model it has."""
+    dimensions: bool = True
+    """Whether it gives as many components of an embedding as it is asked for."""
 
 
 LLAMA_SERVER: Final = Flavor(
@@ -66,11 +68,12 @@ LLAMA_SERVER: Final = Flavor(
         "repetition_penalty": "repeat_penalty",
     },
     token_ids=True,
+    counts=True,
     continues=True,
     reasoning_history=True,
     progress=True,
     health="/health",
-    names_are_ignored=True,
+    dimensions=False,
 )
 
 MLX_LM: Final = Flavor(
@@ -93,6 +96,7 @@ MLX_LM: Final = Flavor(
 
 VLLM: Final = Flavor(
     name="vllm",
+    counts=True,
     sampling={
         **_STANDARD,
         "top_k": "top_k",

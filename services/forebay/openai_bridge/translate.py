@@ -159,7 +159,7 @@ def count_body(request: pb.CountTokensRequest, *, model: str, flavor: Flavor, ba
 def embed_body(request: pb.EmbedRequest, texts: Sequence[str], *, model: str, flavor: Flavor) -> JsonObject:
     """Returns the body of a request for embeddings. Floats are asked for: base64 is not always honoured."""
     body: JsonObject = {"model": model, "input": list(texts), "encoding_format": "float"}
-    if request.HasField("dimension_count") and not flavor.names_are_ignored:
+    if request.HasField("dimension_count") and flavor.dimensions:
         body["dimensions"] = request.dimension_count
     _options(body, request.backend_options)
     return body

@@ -18,7 +18,7 @@ from __future__ import annotations
 import asyncio
 import os
 import ssl
-from collections.abc import AsyncIterator, Iterable, Mapping
+from collections.abc import AsyncGenerator, AsyncIterator, Iterable, Mapping
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -169,7 +169,7 @@ class Body:
         self.received += len(chunk)
         return chunk
 
-    async def lines(self) -> AsyncIterator[bytes]:
+    async def lines(self) -> AsyncGenerator[bytes, None]:
         """Yields the lines of NDJSON, without their ends and without blank ones. To be iterated once."""
         splitter = LineSplitter(limit=self._line_limit)
         while chunk := await self.read():
@@ -178,7 +178,7 @@ class Body:
         for line in splitter.finish():
             yield line
 
-    async def events(self, *, comments: bool = False) -> AsyncIterator[SseEvent]:
+    async def events(self, *, comments: bool = False) -> AsyncGenerator[SseEvent, None]:
         """Yields server-sent events, with `comments` also comments. To be iterated once."""
         splitter = SseSplitter(limit=self._line_limit, comments=comments)
         while chunk := await self.read():
@@ -416,7 +416,7 @@ class Upstream:
         json: object,
         first_byte: float | None = None,
         between_bytes: float | None = None,
-    ) -> AsyncIterator[AsyncIterator[bytes]]:
+    ) -> AsyncIterator[AsyncGenerator[bytes, None]]:
         """Opens the NDJSON that `POST path` answers, as its lines. See `stream`."""
         async with self.stream(
             "POST", path, *args, json=json, first_byte=first_byte, between_bytes=between_bytes

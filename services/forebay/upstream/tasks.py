@@ -14,7 +14,8 @@ T = TypeVar("T")
 class OwnedTasks(asyncio.TaskGroup):
     """A `TaskGroup` that cancels its tasks when its block ends, in place of waiting for their ends.
 
-    As in any `TaskGroup`, a task that raises ends the others and the block.
+    As in any `TaskGroup`, a task that raises ends the others and the block. What
+    the block itself raises comes out as it is, and not in a group.
     """
 
     def __init__(self) -> None:
@@ -43,4 +44,7 @@ class OwnedTasks(asyncio.TaskGroup):
     ) -> None:
         for task in self._owned:
             task.cancel()
+        if isinstance(error, Exception):
+            # A group would hide what the block raised from whoever catches it by its class.
+            kind, error, trace = None, None, None
         await super().__aexit__(kind, error, trace)

@@ -9,7 +9,7 @@ and name in a call's first part only.
 from __future__ import annotations
 
 import uuid
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from forebay.inference.v1 import inference_pb2 as pb
 from forebay.kit.failure import BrokenStream
@@ -26,11 +26,14 @@ class _Open:
     name: str = ""
     held: str = ""
     sent: bool = False
-    arguments: list[str] = field(default_factory=list)
+    arguments: str = ""
 
 
 class ToolCalls:
     """The tool calls of one reply.
+
+    The parts of a call go out together: a call waits until the one before it
+    is whole, or until the end.
 
     Args:
         backend: name of the backend, for messages.
@@ -40,6 +43,7 @@ class ToolCalls:
         self._backend = backend
         self._calls: list[_Open] = []
         self._by_index: dict[int, _Open] = {}
+        self._current = 0
 
     def __len__(self) -> int:
         return len(self._calls)
@@ -64,21 +68,12 @@ class ToolCalls:
         call = self._find(index, call_id, name)
         call.name = call.name or name
         call.held += arguments
-        if not call.name:
-            return []  # the first part must hold the name
-        part = pb.ToolCallDelta(index=call.position, arguments_json=call.held)
-        if not call.sent:
-            part.id, part.name = call.id, call.name
-            call.sent = True
-        elif not call.held:
-            return []
-        call.arguments.append(call.held)
-        call.held = ""
-        return [part]
+        call.arguments += arguments
+        return self._release(ended=False)
 
     def whole(self, *, name: str, arguments: str, call_id: str = "") -> list[pb.ToolCallDelta]:
         """Takes a call that came whole and returns the parts to pass on."""
-        return self.feed(self._unused(), call_id=call_id, name=name, arguments=arguments)
+        return self.feed(self._unused(), call_id=call_id, name=name, arguments=arguments or "{}")
 
     def finish(self, *, cut: bool = False) -> list[pb.ToolCallDelta]:
         """Ends the calls. Arguments that never came become `{}`.
@@ -87,33 +82,45 @@ class ToolCalls:
             cut: whether a limit cut the reply, so that its last call may well be incomplete.
 
         Raises:
-            BrokenStream: a call has no name, or its arguments are not JSON.
+            BrokenStream: a call has no name, or its arguments are no JSON object.
         """
-        parts: list[pb.ToolCallDelta] = []
         for call in self._calls:
             if not call.name:
                 raise BrokenStream(
                     f"{self._backend} sent a tool call without a name", metadata={"backend": self._backend}
                 )
-            whole = "".join(call.arguments)
-            if not whole.strip():
-                parts.append(pb.ToolCallDelta(index=call.position, arguments_json="{}"))
-                continue
-            try:
-                parse(whole)
-            except ValueError as error:
-                if not cut:
-                    raise BrokenStream(
-                        f"{self._backend} sent tool call {call.position} with arguments that are not JSON",
-                        metadata={"backend": self._backend, "tool_call": str(call.position)},
-                    ) from error
+            if not call.arguments.strip():
+                call.arguments += "{}"
+                call.held += "{}"
+            elif not _is_whole(call) and not (cut and call is self._calls[-1]):
+                raise BrokenStream(
+                    f"{self._backend} sent tool call {call.position} with arguments that are no JSON object",
+                    metadata={"backend": self._backend, "tool_call": str(call.position)},
+                )
+        return self._release(ended=True)
+
+    def _release(self, *, ended: bool) -> list[pb.ToolCallDelta]:
+        parts: list[pb.ToolCallDelta] = []
+        while self._current < len(self._calls):
+            call = self._calls[self._current]
+            if not call.name:
+                break  # the first part must hold the name
+            if call.held or not call.sent:
+                part = pb.ToolCallDelta(index=call.position, arguments_json=call.held)
+                if not call.sent:
+                    part.id, part.name = call.id, call.name
+                parts.append(part)
+                call.sent, call.held = True, ""
+            is_last = self._current + 1 == len(self._calls)
+            if is_last or not (ended or _is_whole(call)):
+                break
+            self._current += 1
         return parts
 
     def _find(self, index: int | None, given_id: str, name: str) -> _Open:
         if index is None:
             last = self._calls[-1] if self._calls else None
-            goes_on = last is not None and (not name or name == last.name) and given_id in {"", last.given_id}
-            if last is not None and goes_on and not (name and last.arguments and _is_whole(last)):
+            if last is not None and self._goes_on(last, given_id, name):
                 return last
             return self._begin(self._unused(), given_id)
         known = self._by_index.get(index)
@@ -123,6 +130,12 @@ class ToolCalls:
             return self._begin(index, given_id)  # one index for all calls: the identifiers tell them apart
         known.given_id = known.given_id or given_id
         return known
+
+    def _goes_on(self, last: _Open, given_id: str, name: str) -> bool:
+        """Returns whether a piece without an index belongs to the latest call."""
+        if given_id and given_id != last.given_id:
+            return False
+        return not name or (name == last.name and not _is_whole(last))
 
     def _begin(self, index: int, given_id: str) -> _Open:
         call = _Open(
@@ -137,8 +150,8 @@ class ToolCalls:
 
 
 def _is_whole(call: _Open) -> bool:
+    """Returns whether the arguments are a JSON object. None of its prefixes is one."""
     try:
-        parse("".join(call.arguments))
+        return isinstance(parse(call.arguments), dict)
     except ValueError:
         return False
-    return True

@@ -1,0 +1,1 @@
+"""The fleet: what is known of each backend, and the tasks that keep it known."""

@@ -1,0 +1,1 @@
+"""Routing: synchronous decisions over an immutable picture of the fleet."""

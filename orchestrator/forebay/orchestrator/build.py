@@ -1,0 +1,81 @@
+"""Puts the orchestrator together from its settings."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from collections.abc import Sequence
+
+import grpc.aio
+
+from forebay.fleet.v1 import fleet_pb2_grpc
+from forebay.kit.channel import connect
+from forebay.kit.rpc import Edge
+from forebay.orchestrator.budget import RetryBudget
+from forebay.orchestrator.clock import Clock
+from forebay.orchestrator.config import BackendSettings, OrchestratorSettings
+from forebay.orchestrator.engine import Engine, Models
+from forebay.orchestrator.fleet.channel import Channel
+from forebay.orchestrator.fleet.endpoint import Endpoint
+from forebay.orchestrator.fleet.feed import Feed
+from forebay.orchestrator.fleet.fleet import Fleet, Member
+from forebay.orchestrator.fleet.management import Management
+from forebay.orchestrator.fleet.probe import Probe
+from forebay.orchestrator.routing.router import Router
+from forebay.orchestrator.servicer import FLEET_SERVICE, FleetServicer
+from forebay.orchestrator.stack import endpoint_stack, request_stack
+
+
+class Orchestrator:
+    """All parts of a running orchestrator. Made inside a running loop.
+
+    Args:
+        settings: the orchestrator's settings.
+        source: where jitter and ties come from.
+    """
+
+    def __init__(self, settings: OrchestratorSettings, *, source: random.Random | None = None) -> None:
+        self.settings = settings
+        self._source = source or random.Random()  # noqa: S311  # spreads load; it guards nothing
+        self._clock: Clock = asyncio.get_running_loop().time
+        feed = Feed()
+        self.fleet = Fleet(
+            [self._member(backend, feed) for backend in settings.backends if backend.enabled], feed
+        )
+        self.router = Router(weights=settings.scorers, picker=settings.picker, source=self._source)
+        budget = RetryBudget(
+            ratio=settings.retry.budget_ratio,
+            per_second=settings.retry.budget_per_second,
+            clock=self._clock,
+        )
+        service = request_stack(
+            settings, fleet=self.fleet, router=self.router, budget=budget, source=self._source
+        )
+        self.inference = Engine(fleet=self.fleet, service=service, default_model=settings.default_model)
+        self.models = Models(fleet=self.fleet, management=self._management)
+
+    def register(self, server: grpc.aio.Server, edge: Edge) -> Sequence[str]:
+        """Adds the fleet service to a server and returns its name."""
+        servicer = FleetServicer(
+            fleet=self.fleet, router=self.router, default_model=self.settings.default_model, edge=edge
+        )
+        fleet_pb2_grpc.add_FleetServiceServicer_to_server(servicer, server)
+        return [FLEET_SERVICE]
+
+    def _member(self, backend: BackendSettings, feed: Feed) -> Member:
+        aliases = {
+            alias: spellings[backend.name]
+            for alias, spellings in self.settings.aliases.items()
+            if backend.name in spellings
+        }
+        endpoint = Endpoint(
+            backend, aliases=aliases, clock=self._clock, source=self._source, on_change=feed.publish
+        )
+        channel = connect(backend.address, tls_roots=backend.tls_roots)
+        endpoint.service = endpoint_stack(endpoint, channel=Channel(channel, backend.name), clock=self._clock)
+        probe = Probe(endpoint, channel, self.settings.probe, source=self._source)
+        return Member(endpoint=endpoint, channel=channel, probe=probe)
+
+    def _management(self, name: str) -> Management:
+        member = self.fleet.member(name)
+        return Management(member.channel, name, on_change=member.probe.refresh)

@@ -1,0 +1,215 @@
+"""Settings of the orchestrator: the section `[orchestrator]` of `forebay.toml`."""
+
+from __future__ import annotations
+
+from datetime import timedelta
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import Field, StringConstraints, model_validator
+
+from forebay.kit.config import Address, Duration, ServerSettings, Settings
+
+Name = Annotated[str, StringConstraints(pattern=r"^[a-z0-9]([a-z0-9_-]{0,38}[a-z0-9])?$")]
+"""A backend's name: it appears in answers, spans and metric labels, so it is short and plain."""
+
+Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
+
+
+class BreakerSettings(Settings):
+    """When calls are kept away from a backend that fails, and for how long."""
+
+    consecutive_failures: int = Field(
+        default=5,
+        ge=1,
+        description="Hard failures in a row that open the breaker. Five, as Envoy and Finagle do: one or "
+        "two happen to a healthy server that restarts a worker.",
+    )
+    success_rate: Fraction = Field(
+        default=0.5,
+        description="Share of calls in the window that must succeed. 0 switches this condition off.",
+    )
+    window: Duration = Field(
+        default=timedelta(seconds=30), description="How far back the success rate looks."
+    )
+    min_samples: int = Field(
+        default=10, ge=1, description="Calls in the window below which the success rate says nothing."
+    )
+    open_min: Duration = Field(
+        default=timedelta(seconds=1), description="How long the breaker opens the first time."
+    )
+    open_max: Duration = Field(
+        default=timedelta(seconds=60),
+        description="Longest opening. Each opening in a row lasts twice as long.",
+    )
+    jitter: Fraction = Field(
+        default=0.5,
+        description="Share of an opening that is random, so that several callers do not return as one.",
+    )
+
+    @model_validator(mode="after")
+    def _check_openings(self) -> BreakerSettings:
+        if self.open_min <= timedelta(0):
+            raise ValueError("open_min must be longer than 0")
+        if self.open_max < self.open_min:
+            raise ValueError("open_max must not be shorter than open_min")
+        return self
+
+
+class BackendSettings(Settings):
+    """One backend behind the orchestrator."""
+
+    name: Name = Field(description="Name of the backend, unique among the backends.")
+    framework: str = Field(
+        default="", description="Framework behind it: mlx, ollama, lmstudio or openai. Empty takes the name."
+    )
+    address: Address = Field(description="Address at which its Forebay service listens.")
+    enabled: bool = Field(default=True, description="Whether it is used at all.")
+    slots: int = Field(
+        default=0,
+        ge=0,
+        description="Calls it may serve at once. 0 leaves the limit to the backend's own service.",
+    )
+    queue: int = Field(
+        default=64,
+        ge=0,
+        description="Calls that may wait for a slot before others are refused. Only with slots.",
+    )
+    weight: Fraction = Field(default=1.0, description="How much it is preferred when all else is equal.")
+    first_event_timeout: Duration = Field(
+        default=timedelta(minutes=2),
+        description="Longest silence before the first event. A backend that loads a model or reads a long "
+        "prompt sends progress meanwhile, which counts as a sign of life.",
+    )
+    between_events_timeout: Duration = Field(
+        default=timedelta(seconds=30), description="Longest silence between two events. 0 is no limit."
+    )
+    tls_roots: Path | None = Field(
+        default=None, description="PEM file with the roots to trust. Unset connects without TLS."
+    )
+    breaker: BreakerSettings = Field(
+        default_factory=BreakerSettings, description="When calls are kept away from it."
+    )
+
+
+DEFAULT_BACKENDS = (
+    BackendSettings(name="mlx", framework="mlx", address="127.0.0.1:50151"),
+    BackendSettings(name="ollama", framework="ollama", address="127.0.0.1:50152"),
+    BackendSettings(name="lmstudio", framework="lmstudio", address="127.0.0.1:50153"),
+)
+"""Used when no backend is configured. The bridge to OpenAI-compatible servers is not among them, for it
+has no server to find by itself."""
+
+
+class RetrySettings(Settings):
+    """How often a call may be tried again."""
+
+    max_attempts: int = Field(
+        default=3, ge=1, description="Most attempts of one call, the first one included."
+    )
+    budget_ratio: Fraction = Field(
+        default=0.2,
+        description="Retries for each call, over all calls. 0.2 lets one call in five be tried again: enough "
+        "for a lost backend's calls to move, too little to multiply an overload.",
+    )
+    budget_per_second: float = Field(
+        default=10.0,
+        ge=0.0,
+        description="Retries a second that are free of that, so that a quiet orchestrator can retry too.",
+    )
+    backoff_min: Duration = Field(
+        default=timedelta(milliseconds=100), description="First wait before the same backend is tried again."
+    )
+    backoff_max: Duration = Field(
+        default=timedelta(seconds=5),
+        description="Longest wait. A backend that asks for more is not tried again by this call.",
+    )
+
+
+class ScorerWeights(Settings):
+    """How much each score counts when backends are compared."""
+
+    preference: float = Field(
+        default=100.0,
+        ge=0.0,
+        description="The order of `routing.backends`. Far above the rest, for the caller said so.",
+    )
+    loaded: float = Field(
+        default=4.0, ge=0.0, description="The model is in memory. Loading one takes longer than most answers."
+    )
+    load: float = Field(default=3.0, ge=0.0, description="Few calls in progress for its slots.")
+    context: float = Field(default=2.0, ge=0.0, description="The request fits the context as it is loaded.")
+    latency: float = Field(default=2.0, ge=0.0, description="Short recent time to the first delta.")
+    health: float = Field(default=2.0, ge=0.0, description="Few recent failures.")
+    weight: float = Field(default=1.0, ge=0.0, description="The backend's configured weight.")
+
+
+class ProbeSettings(Settings):
+    """How backends are watched."""
+
+    models_interval: Duration = Field(
+        default=timedelta(seconds=5), description="Time between two looks at a model list."
+    )
+    timeout: Duration = Field(default=timedelta(seconds=5), description="How long a model list may take.")
+    reconnect_min: Duration = Field(
+        default=timedelta(milliseconds=100),
+        description="First wait before a lost backend is looked for again.",
+    )
+    reconnect_max: Duration = Field(default=timedelta(seconds=2), description="Longest such wait.")
+
+
+class OrchestratorSettings(ServerSettings):
+    """The orchestrator."""
+
+    address: Address = Field(
+        default="127.0.0.1:50150", description="Address to listen on. Port 0 picks a free one."
+    )
+    backends: tuple[BackendSettings, ...] = Field(
+        default=DEFAULT_BACKENDS,
+        description="Backends, each in a table [[orchestrator.backends]]. "
+        "Unset is mlx, ollama and lmstudio at their default addresses.",
+    )
+    default_model: str = Field(
+        default="", description="Model of requests that name none. Empty makes such requests an error."
+    )
+    aliases: dict[str, dict[str, str]] = Field(
+        default_factory=dict,
+        description="Names of your own for models: for each name, the model it means on each backend.",
+    )
+    default_deadline: Duration = Field(
+        default=timedelta(minutes=10), description="Deadline of calls that come without one."
+    )
+    max_deadline: Duration = Field(default=timedelta(hours=1), description="Longest deadline of a call.")
+    deadline_margin: Duration = Field(
+        default=timedelta(milliseconds=50),
+        description="Time kept back from a deadline, so that the typed error arrives before the caller's own "
+        "timer fires. At most a tenth of what is left.",
+    )
+    retry: RetrySettings = Field(
+        default_factory=RetrySettings, description="How often calls are tried again."
+    )
+    scorers: ScorerWeights = Field(default_factory=ScorerWeights, description="How backends are compared.")
+    picker: Literal["best", "two"] = Field(
+        default="best",
+        description="How one of the scored backends is taken: `best` takes the best one; `two` takes the "
+        "better of two at random, which suits several orchestrators before the same backends.",
+    )
+    probe: ProbeSettings = Field(default_factory=ProbeSettings, description="How backends are watched.")
+
+    @model_validator(mode="after")
+    def _check_backends(self) -> OrchestratorSettings:
+        names = [backend.name for backend in self.backends]
+        double = sorted({name for name in names if names.count(name) > 1})
+        if double:
+            raise ValueError(f"backends: two backends are called {double[0]}; names must differ")
+        if not any(backend.enabled for backend in self.backends):
+            raise ValueError("backends: at least one backend must be enabled")
+        for alias, spellings in self.aliases.items():
+            unknown = sorted(set(spellings) - set(names))
+            if unknown:
+                raise ValueError(
+                    f"aliases.{alias}: there is no backend {unknown[0]}; there are {', '.join(names)}"
+                )
+        if self.default_deadline > self.max_deadline:
+            raise ValueError("default_deadline must not be longer than max_deadline")
+        return self

@@ -1,0 +1,103 @@
+"""The breakers of one backend: one for the whole of it, and one for each model that fails by itself.
+
+A model whose file is damaged must not take its healthy neighbours down with it,
+so failures that are about a model open only that model's breaker.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from forebay.kit.failure import BreakerOpen, Failure, ModelLoadFailed, ModelQuarantined, WrongModel
+from forebay.orchestrator.clock import Clock
+from forebay.orchestrator.config import BreakerSettings
+from forebay.orchestrator.fleet.breaker import Breaker, BreakerState, Permit
+
+_OF_THE_MODEL = (ModelLoadFailed, ModelQuarantined, WrongModel)
+
+
+class Breakers:
+    """Admits calls to a backend and learns from how they end.
+
+    Args:
+        backend: the backend's name, for messages.
+        settings: when to open, and for how long.
+        clock: gives the time in seconds.
+        source: where jitter comes from.
+    """
+
+    def __init__(
+        self, backend: str, settings: BreakerSettings, *, clock: Clock, source: random.Random
+    ) -> None:
+        self._backend = backend
+        self._settings = settings
+        self._clock = clock
+        self._source = source
+        self.whole = Breaker(settings, clock=clock, source=source)
+        self._models: dict[str, Breaker] = {}  # only those whose model has failed since it last succeeded
+
+    def of(self, model: str) -> tuple[Breaker, ...]:
+        """Returns the breakers that a call for the model has to pass."""
+        own = self._models.get(model)
+        return (self.whole,) if own is None else (self.whole, own)
+
+    def closed_models(self) -> frozenset[str]:
+        """Returns the models whose own breaker keeps calls away now."""
+        return frozenset(model for model, breaker in self._models.items() if not breaker.can_admit)
+
+    def not_closed(self) -> list[tuple[str, Breaker]]:
+        """Returns every breaker that is not closed with its model; the whole backend is the model `""`."""
+        named = [("", self.whole), *self._models.items()]
+        return [(model, breaker) for model, breaker in named if breaker.state is not BreakerState.CLOSED]
+
+    def heal(self) -> None:
+        """Notes that the backend came back anew."""
+        for breaker in (self.whole, *self._models.values()):
+            breaker.heal()
+
+    @contextmanager
+    def admit(self, model: str) -> Iterator[None]:
+        """Admits a call for the length of a `with` block, and learns from how the block ends.
+
+        Raises:
+            BreakerOpen: another call is out that decides whether the backend works again.
+        """
+        permits: list[Permit] = []
+        for breaker in self.of(model):
+            permit = breaker.admit()
+            if permit is None:
+                for taken in permits:
+                    taken.forget()
+                raise BreakerOpen(
+                    f"backend {self._backend} failed ({breaker.reason}) and is being tried by another call",
+                    metadata={"backend": self._backend, "cause": breaker.reason},
+                )
+            permits.append(permit)
+        try:
+            yield
+        except Failure as failure:
+            self._fail(model, permits, failure)
+            raise
+        else:
+            for permit in permits:
+                permit.succeed()
+            self._models.pop(model, None)
+        finally:
+            for permit in permits:  # told already, unless the call was broken off
+                permit.forget()
+
+    def _fail(self, model: str, permits: list[Permit], failure: Failure) -> None:
+        if not isinstance(failure, _OF_THE_MODEL):
+            permits[0].fail(failure)
+            return
+        if len(permits) == 1:
+            own = self._models.setdefault(
+                model, Breaker(self._settings, clock=self._clock, source=self._source)
+            )
+            permit = own.admit()
+            if permit is None:
+                return
+            permits.append(permit)
+        permits[1].fail(failure)

@@ -1,0 +1,42 @@
+"""The bottom of an endpoint's stack: the gRPC call to the backend."""
+
+from __future__ import annotations
+
+from typing import cast
+
+import grpc.aio
+
+from forebay.inference.v1 import inference_pb2 as pb
+from forebay.inference.v1 import inference_pb2_grpc
+from forebay.kit.pipeline import Call, Request, Send
+from forebay.kit.relay import relay_generate, relay_unary
+from forebay.kit.rpc import CALLER_KEY
+
+
+class Channel:
+    """Sends calls to a backend.
+
+    Args:
+        channel: the connection.
+        backend: the backend's name.
+    """
+
+    def __init__(self, channel: grpc.aio.Channel, backend: str) -> None:
+        self._stub = inference_pb2_grpc.InferenceServiceStub(channel)
+        self._backend = backend
+
+    async def __call__(self, call: Call[Request], send: Send) -> None:
+        """Serves a call."""
+        request = call.request
+        metadata = ((CALLER_KEY, call.caller),) if call.caller else ()
+        if isinstance(request, pb.GenerateRequest):
+            generate = cast("Call[pb.GenerateRequest]", call)
+            await relay_generate(
+                self._stub.Generate, request, generate, send, self._backend, metadata=metadata
+            )
+        elif isinstance(request, pb.EmbedRequest):
+            vectors = await relay_unary(self._stub.Embed, request, call, self._backend, metadata=metadata)
+            await send(vectors)
+        else:
+            count = await relay_unary(self._stub.CountTokens, request, call, self._backend, metadata=metadata)
+            await send(count)

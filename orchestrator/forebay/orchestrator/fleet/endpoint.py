@@ -1,0 +1,342 @@
+"""The orchestrator's view of one backend.
+
+Everything that is known of a backend is changed here, by methods that do not
+wait: probes, layers and operators call them, and whoever decides reads a
+picture of it.
+"""
+
+from __future__ import annotations
+
+import logging
+import random
+from collections.abc import Callable, Mapping, Sequence
+from datetime import UTC, datetime
+from enum import Enum
+
+from forebay.fleet.v1 import fleet_pb2
+from forebay.inference.v1 import inference_pb2 as pb
+from forebay.kit.failure import Fault, printable
+from forebay.kit.layers.limit import Limit
+from forebay.kit.layers.measure import Ending, Outcome
+from forebay.kit.pipeline import Call, Request, Send, Service
+from forebay.orchestrator.clock import Clock
+from forebay.orchestrator.config import BackendSettings
+from forebay.orchestrator.fleet.breaker import BreakerState
+from forebay.orchestrator.fleet.breakers import Breakers
+from forebay.orchestrator.routing.names import find_model
+from forebay.orchestrator.routing.view import EndpointView
+
+logger = logging.getLogger(__name__)
+
+_AVERAGE_WEIGHT = 0.3
+"""Weight of the latest call in the averages: after three calls two thirds of a change are seen, while one
+cold start does not turn every call away."""
+
+DETAIL_CHARACTERS = 300
+"""Most characters kept of what a backend or gRPC says of itself; it is shown to people in one line."""
+
+
+class State(Enum):
+    """Where a backend is in its life."""
+
+    ACTIVE = fleet_pb2.Backend.STATE_ACTIVE
+    DRAINING = fleet_pb2.Backend.STATE_DRAINING
+    EJECTED = fleet_pb2.Backend.STATE_EJECTED
+    UNREACHABLE = fleet_pb2.Backend.STATE_UNREACHABLE
+
+
+_BREAKER_STATES = {
+    BreakerState.CLOSED: fleet_pb2.Breaker.STATE_CLOSED,
+    BreakerState.OPEN: fleet_pb2.Breaker.STATE_OPEN,
+    BreakerState.HALF_OPEN: fleet_pb2.Breaker.STATE_HALF_OPEN,
+}
+
+
+class Endpoint:
+    """What is known of one backend, and the way to it.
+
+    Args:
+        settings: the backend's settings.
+        aliases: the operator's names for its models, as `{alias: model}`.
+        clock: gives the time in seconds.
+        source: where jitter comes from.
+        on_change: told the backend's name whenever something changes that a watcher may want to see.
+        now: gives the time of day.
+    """
+
+    def __init__(
+        self,
+        settings: BackendSettings,
+        *,
+        aliases: Mapping[str, str],
+        clock: Clock,
+        source: random.Random,
+        on_change: Callable[[str], None] = lambda name: None,
+        now: Callable[[], datetime] = lambda: datetime.now(UTC),
+    ) -> None:
+        self.settings = settings
+        self.name = settings.name
+        self.breakers = Breakers(settings.name, settings.breaker, clock=clock, source=source)
+        self.limit: Limit | None = None
+        self.service: Service | None = None
+        self._aliases = dict(aliases)
+        self._clock = clock
+        self._now = now
+        self._on_change = on_change
+        self._is_reachable = False
+        self._is_serving = False
+        self._is_drained = False
+        self._detail = "not connected yet"
+        self._list_error = ""
+        self._models: tuple[pb.Model, ...] = ()
+        self._are_models_known = False
+        self._outstanding = 0
+        self._first_delta: float | None = None
+        self._tokens_per_second: float | None = None
+        self._succeeded = 0
+        self._failed = 0
+        self._state = State.UNREACHABLE
+        self._changed_at = clock()
+        self._change_time = now()
+
+    def __repr__(self) -> str:
+        return f"<Endpoint {self.status()}>"
+
+    # What a call does.
+
+    async def __call__(self, call: Call[Request], send: Send) -> None:
+        """Counts a call in and serves it."""
+        assert self.service is not None, "the stack is built before the first call"
+        # Counted before the first await, so that calls that are routed at the same moment see each other.
+        self._outstanding += 1
+        self._publish()
+        try:
+            await self.service(call, send)
+        finally:
+            self._outstanding -= 1
+            self._publish()
+
+    def record(self, outcome: Outcome) -> None:
+        """Takes in what a call took."""
+        if outcome.ending is Ending.DONE:
+            self._succeeded += 1
+        elif outcome.failure is not None and outcome.failure.fault is Fault.BACKEND:
+            self._failed += 1
+        if outcome.first_delta is not None:
+            self._first_delta = _average(self._first_delta, outcome.first_delta)
+        if outcome.tokens_per_second is not None:
+            self._tokens_per_second = _average(self._tokens_per_second, outcome.tokens_per_second)
+
+    # What a probe finds.
+
+    def found_serving(self) -> None:
+        """It answers, and says that it takes calls."""
+        if not (self._is_reachable and self._is_serving):
+            # It came back, perhaps as another process: what it did in its former life says little.
+            self.breakers.heal()
+        self._is_reachable = self._is_serving = True
+        self._detail = ""
+        self.update()
+
+    def found_not_serving(self) -> None:
+        """It answers, and says that it takes no calls."""
+        self._is_reachable, self._is_serving = True, False
+        self._detail = "it says that it is not serving"
+        self.update()
+
+    def lose(self, detail: str) -> None:
+        """It does not answer.
+
+        Args:
+            detail: why, for people.
+        """
+        self._is_reachable = self._is_serving = False
+        self._detail = _line(detail)
+        self.update()
+
+    def list_models(self, models: Sequence[pb.Model]) -> None:
+        """It listed its models."""
+        listed: dict[str, pb.Model] = {}
+        for model in models:
+            ours = pb.Model()
+            ours.CopyFrom(model)
+            ours.backend = self.name
+            listed[ours.id] = ours
+        for alias, spelling in self._aliases.items():
+            meant = find_model(spelling, listed.values())
+            if meant is not None and alias not in meant.aliases:
+                meant.aliases.append(alias)
+        found = tuple(listed.values())
+        is_news = found != self._models or not self._are_models_known or bool(self._list_error)
+        self._models, self._are_models_known, self._list_error = found, True, ""
+        if is_news:
+            self._publish()
+
+    def fail_to_list(self, detail: str) -> None:
+        """It could not list its models. The last list is kept."""
+        error = _line(f"its models cannot be listed: {detail}")
+        if error != self._list_error:
+            self._list_error = error
+            logger.warning("backend %s: %s", self.name, error)
+            self._publish()
+
+    # What an operator wants.
+
+    def drain(self) -> None:
+        """Takes it out of routing. Calls in progress go on."""
+        self._is_drained = True
+        self.update()
+
+    def resume(self) -> None:
+        """Takes it back into routing."""
+        self._is_drained = False
+        self.update()
+
+    # What it is.
+
+    @property
+    def state(self) -> State:
+        """Where it is in its life."""
+        return self._state
+
+    @property
+    def is_reachable(self) -> bool:
+        """Whether it answers."""
+        return self._is_reachable
+
+    @property
+    def is_listed(self) -> bool:
+        """Whether its models can be served now, as far as states go."""
+        return self._is_reachable and self._is_serving and not self._is_drained
+
+    @property
+    def models(self) -> tuple[pb.Model, ...]:
+        """What it listed last, with the operator's aliases."""
+        return self._models
+
+    def find(self, name: str) -> pb.Model | None:
+        """Returns the model that a name means here, or None."""
+        return find_model(name, self._models)
+
+    def update(self) -> None:
+        """Finds the state anew, and tells who watches."""
+        if not self._is_reachable:
+            state = State.UNREACHABLE
+        elif self._is_drained or not self._is_serving:
+            state = State.DRAINING
+        elif self.breakers.whole.state is not BreakerState.CLOSED:
+            state = State.EJECTED
+        else:
+            state = State.ACTIVE
+        if state is not self._state:
+            level = logging.INFO if state is State.ACTIVE else logging.WARNING
+            detail = self.detail
+            logger.log(level, "backend %s is %s%s", self.name, state.name, f": {detail}" if detail else "")
+            self._state = state
+            self._changed_at = self._clock()
+            self._change_time = self._now()
+        self._publish()
+
+    @property
+    def detail(self) -> str:
+        """Why it is in its state, in one sentence for people. Empty if all is well."""
+        if self._detail:
+            return self._detail
+        if self._is_drained:
+            return "an operator drained it"
+        if self.breakers.whole.state is not BreakerState.CLOSED:
+            return f"its calls failed: {self.breakers.whole.reason}"
+        return self._list_error
+
+    def view(self) -> EndpointView:
+        """Returns what routing decides over."""
+        whole = self.breakers.whole
+        return EndpointView(
+            name=self.name,
+            framework=self.framework,
+            is_reachable=self._is_reachable,
+            is_serving=self._is_serving,
+            is_drained=self._is_drained,
+            detail=self._detail,
+            models=self._models,
+            are_models_known=self._are_models_known,
+            can_admit=whole.can_admit,
+            is_ejected=whole.state is not BreakerState.CLOSED,
+            is_probing=whole.is_probing,
+            reopens_in=whole.remaining.total_seconds(),
+            refused_models=self.breakers.closed_models(),
+            cause=whole.reason,
+            outstanding=self._outstanding,
+            slots=self.settings.slots,
+            queue=self.settings.queue,
+            first_delta=self._first_delta,
+            success_rate=whole.success_rate,
+            weight=self.settings.weight,
+        )
+
+    @property
+    def framework(self) -> str:
+        """The framework behind it."""
+        return self.settings.framework or self.name
+
+    @property
+    def queued(self) -> int:
+        """Calls that wait for a slot of ours."""
+        return self.limit.waiting if self.limit is not None else 0
+
+    @property
+    def active(self) -> int:
+        """Calls in progress."""
+        return self._outstanding - self.queued
+
+    def status(self) -> str:
+        """Returns one short line for operators."""
+        words = [self.name, self._state.name]
+        if self._state is State.EJECTED:
+            words.append(f"{self.breakers.whole.remaining.total_seconds():.0f}s")
+        elif self._state is State.UNREACHABLE:
+            words.append(f"{self._clock() - self._changed_at:.0f}s")
+        else:
+            slots = self.settings.slots
+            words.append(f"{self.active}/{slots}" if slots else str(self.active))
+            if self.queued:
+                words.append(f"queue {self.queued}")
+        return " ".join(words)
+
+    def to_proto(self) -> fleet_pb2.Backend:
+        """Returns it as clients see it."""
+        backend = fleet_pb2.Backend(
+            name=self.name,
+            framework=self.framework,
+            state=self._state.value,
+            active_call_count=self.active,
+            queued_call_count=self.queued,
+            models=self._models,
+            address=self.settings.address,
+            detail=self.detail,
+            slot_count=self.settings.slots,
+            output_tokens_per_second=self._tokens_per_second or 0.0,
+            succeeded_call_count=self._succeeded,
+            failed_call_count=self._failed,
+        )
+        backend.state_change_time.FromDatetime(self._change_time)
+        if self._first_delta is not None:
+            backend.first_delta_duration.FromNanoseconds(int(self._first_delta * 1e9))
+        for model, breaker in self.breakers.not_closed():
+            shown = backend.breakers.add(
+                model=model, state=_BREAKER_STATES[breaker.state], reason=breaker.reason
+            )
+            if breaker.state is BreakerState.OPEN:
+                shown.remaining_duration.FromTimedelta(breaker.remaining)
+        return backend
+
+    def _publish(self) -> None:
+        self._on_change(self.name)
+
+
+def _average(old: float | None, new: float) -> float:
+    return new if old is None else old + _AVERAGE_WEIGHT * (new - old)
+
+
+def _line(text: str) -> str:
+    return printable(text)[:DETAIL_CHARACTERS]

@@ -1,0 +1,113 @@
+"""The backends behind the orchestrator, together."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterator, Sequence
+from types import TracebackType
+
+import grpc.aio
+
+from forebay.kit.failure import BackendNotFound
+from forebay.kit.pipeline import Service
+from forebay.orchestrator.fleet.endpoint import Endpoint
+from forebay.orchestrator.fleet.feed import Feed
+from forebay.orchestrator.fleet.probe import Probe
+from forebay.orchestrator.routing.view import EndpointView
+
+
+class Member:
+    """One backend with all that belongs to it.
+
+    Args:
+        endpoint: what is known of it.
+        channel: the connection to it.
+        probe: keeps it known.
+    """
+
+    def __init__(self, *, endpoint: Endpoint, channel: grpc.aio.Channel, probe: Probe) -> None:
+        self.endpoint = endpoint
+        self.channel = channel
+        self.probe = probe
+
+
+class Fleet:
+    """Owns the backends and the tasks that watch them.
+
+    It is entered with `async with`; the tasks run, and the connections are
+    open, until the block ends.
+
+    Args:
+        members: the backends, in the order of the configuration.
+        feed: passes on what changes.
+    """
+
+    def __init__(self, members: Sequence[Member], feed: Feed) -> None:
+        self._members = {member.endpoint.name: member for member in members}
+        self.feed = feed
+        self._group = asyncio.TaskGroup()
+        self._tasks: list[asyncio.Task[None]] = []
+
+    def __repr__(self) -> str:
+        return f"<Fleet [{' | '.join(member.endpoint.status() for member in self._members.values())}]>"
+
+    def __iter__(self) -> Iterator[Endpoint]:
+        return (member.endpoint for member in self._members.values())
+
+    def __getitem__(self, name: str) -> Endpoint:
+        """Returns a backend.
+
+        Raises:
+            BackendNotFound: there is none of that name.
+        """
+        return self.member(name).endpoint
+
+    def member(self, name: str) -> Member:
+        """Returns a backend with its connection.
+
+        Raises:
+            BackendNotFound: there is none of that name.
+        """
+        member = self._members.get(name)
+        if member is None:
+            raise BackendNotFound(
+                f"there is no backend {name!r}; there are {', '.join(self._members)}",
+                metadata={"backend": name},
+            )
+        return member
+
+    @property
+    def names(self) -> list[str]:
+        """Every backend's name."""
+        return list(self._members)
+
+    def snapshot(self) -> list[EndpointView]:
+        """Returns every backend as it is now."""
+        return [endpoint.view() for endpoint in self]
+
+    def service(self, name: str) -> Service:
+        """Returns the stack of a backend."""
+        return self[name]
+
+    async def __aenter__(self) -> Fleet:
+        await self._group.__aenter__()
+        for name, member in self._members.items():
+            for work in (member.probe.watch_health, member.probe.watch_models):
+                self._tasks.append(self._group.create_task(work(), name=f"{name}.{work.__name__}"))
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for task in self._tasks:
+            task.cancel()
+        try:
+            # The group has to know of a cancellation, which may be its own because a task of it crashed.
+            # Any other exception of the block it would only wrap.
+            if isinstance(error, asyncio.CancelledError):
+                await self._group.__aexit__(kind, error, trace)
+            else:
+                await self._group.__aexit__(None, None, None)
+        finally:
+            for member in self._members.values():
+                await member.channel.close()

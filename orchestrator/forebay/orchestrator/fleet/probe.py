@@ -1,0 +1,126 @@
+"""The tasks that keep one backend known: its health, and what models it has.
+
+Three kinds of life have three alarms. The connection: keepalive ends the health
+stream when the peer's machine or process freezes. The process: it says itself
+whether it is serving. That answers keep coming is for the watchdog in the
+backend's stack, since a wedged generator looks alive from here.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import random
+
+import grpc
+import grpc.aio
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+
+from forebay.inference.v1 import inference_pb2 as pb
+from forebay.inference.v1 import inference_pb2_grpc
+from forebay.kit.failure import Failure
+from forebay.kit.relay import relay_unary
+from forebay.kit.rpc import INFERENCE_SERVICE
+from forebay.orchestrator.backoff import Backoff
+from forebay.orchestrator.config import ProbeSettings
+from forebay.orchestrator.fleet.endpoint import Endpoint
+
+logger = logging.getLogger(__name__)
+
+
+class Probe:
+    """Watches one backend until it is cancelled. A backend that is absent is no error: it is waited for.
+
+    Args:
+        endpoint: told what is found.
+        channel: the connection.
+        settings: how often to look.
+        source: where jitter comes from.
+    """
+
+    def __init__(
+        self, endpoint: Endpoint, channel: grpc.aio.Channel, settings: ProbeSettings, *, source: random.Random
+    ) -> None:
+        self._endpoint = endpoint
+        self._settings = settings
+        self._source = source
+        self._health = health_pb2_grpc.HealthStub(channel)
+        self._stub = inference_pb2_grpc.InferenceServiceStub(channel)
+        self._look = asyncio.Event()
+
+    def refresh(self) -> None:
+        """Asks for the models again soon, because they are likely to have changed."""
+        self._look.set()
+
+    async def watch_health(self) -> None:
+        """Follows the backend's health, and looks for it again when it is lost."""
+        backoff = Backoff(self._settings.reconnect_min, self._settings.reconnect_max, source=self._source)
+        # The first try fails at once where nobody listens, which tells why. Later ones wait in the channel,
+        # which connects by itself, so that a backend that appears is seen without another wait of ours.
+        waits = False
+        while True:
+            detail = await self._follow(backoff, waits=waits)
+            self._endpoint.lose(detail)
+            await asyncio.sleep(backoff.next())
+            waits = True
+
+    async def _follow(self, backoff: Backoff, *, waits: bool) -> str:
+        """Passes on what the backend says until it is lost. Returns why it was."""
+        request = health_pb2.HealthCheckRequest(service=INFERENCE_SERVICE)
+        stream = self._health.Watch(  # type: ignore[attr-defined]  # its methods are made at run time
+            request, wait_for_ready=waits
+        )
+        try:
+            while True:
+                answer = await stream.read()
+                if not isinstance(answer, health_pb2.HealthCheckResponse):
+                    return "it ended the watch of its health"
+                backoff.reset()
+                self._take(answer.status)
+        except grpc.aio.AioRpcError as error:
+            if error.code() is grpc.StatusCode.UNIMPLEMENTED:
+                return "it does not serve grpc.health.v1: it is no Forebay service"
+            return self._why(error)
+        finally:
+            stream.cancel()
+
+    def _why(self, error: grpc.aio.AioRpcError) -> str:
+        """Returns why it was lost. gRPC's own sentences are long, and the usual causes are two."""
+        details = error.details() or error.code().name
+        if "Connection refused" in details:
+            return f"nothing listens at {self._endpoint.settings.address}"
+        if "ping timeout" in details:
+            return "it stopped answering, as if frozen"
+        return details
+
+    def _take(self, status: int) -> None:
+        if status == health_pb2.HealthCheckResponse.SERVING:
+            self._endpoint.found_serving()
+            self.refresh()
+        else:
+            self._endpoint.found_not_serving()
+
+    async def watch_models(self) -> None:
+        """Keeps the list of models fresh."""
+        while True:
+            if self._endpoint.is_reachable:
+                await self._list()
+            try:
+                async with asyncio.timeout(self._settings.models_interval.total_seconds()):
+                    await self._look.wait()
+            except TimeoutError:
+                pass
+            self._look.clear()
+
+    async def _list(self) -> None:
+        try:
+            async with asyncio.timeout(self._settings.timeout.total_seconds()):
+                answer = await relay_unary(
+                    self._stub.ListModels, pb.ListModelsRequest(), None, self._endpoint.name
+                )
+        except Failure as failure:
+            self._endpoint.fail_to_list(failure.message)
+        except TimeoutError:
+            self._endpoint.fail_to_list("it did not answer in time")
+        else:
+            self._endpoint.list_models(answer.models)

@@ -1,0 +1,144 @@
+"""Sends a call to the backend that suits it best now."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Protocol
+
+from opentelemetry import trace
+
+from forebay.inference.v1 import inference_pb2 as pb
+from forebay.kit.failure import Failure, WrongModel
+from forebay.kit.pipeline import Call, Event, Request, Send, Service
+from forebay.orchestrator.routing.names import is_same
+from forebay.orchestrator.routing.router import Candidate, Decision, Router, Snapshot
+
+
+class Fleet(Protocol):
+    """What routing needs of the fleet."""
+
+    def snapshot(self) -> Snapshot:
+        """Returns every backend as it is now."""
+
+    def service(self, name: str) -> Service:
+        """Returns the stack of a backend."""
+
+
+class Route:
+    """Decides where a call goes, asks in that backend's spelling, and checks who answered.
+
+    Args:
+        fleet: the backends.
+        router: decides.
+        on_decision: told of each decision, for metrics.
+    """
+
+    def __init__(
+        self, *, fleet: Fleet, router: Router, on_decision: Callable[[Decision], None] | None = None
+    ) -> None:
+        self._fleet = fleet
+        self._router = router
+        self._on_decision = on_decision
+
+    async def __call__(self, call: Call[Request], send: Send) -> None:
+        """Serves a call.
+
+        Raises:
+            NoBackend: nobody can serve it now; the message says why, for each.
+            ModelNotFound: nobody has the model.
+            WrongModel: another model answered.
+        """
+        decision = self._router.decide(call.request, self._fleet.snapshot(), tried=call.tried)
+        if self._on_decision is not None:
+            self._on_decision(decision)
+        _note(decision)
+        chosen = decision.chosen
+        if chosen is None:
+            raise decision.failure()
+        inner = self._fleet.service(chosen.name)
+        request = _addressed(call.request, chosen.spelling, call.request_id)
+        check = _Check(call, chosen, send)
+        try:
+            # No await between the decision and here: what was decided is still true when the call is counted.
+            await inner(call.with_(request=request), check)
+        except Failure as failure:
+            failure.metadata["backend"] = chosen.name
+            raise
+
+
+class _Check:
+    """A `Send` that names who answers, and refuses an answer from another model than was asked for."""
+
+    def __init__(self, call: Call[Request], chosen: Candidate, send: Send) -> None:
+        self._request = call.request
+        self._request_id = call.request_id
+        self._chosen = chosen
+        self._send = send
+
+    async def __call__(self, event: Event) -> None:
+        if isinstance(event, pb.GenerateResponse):
+            if event.HasField("started"):
+                self._name(event.started)
+                event.started.request_id = self._request_id
+        else:
+            self._name(event)
+        await self._send(event)
+
+    def _name(self, answer: pb.Started | pb.EmbedResponse | pb.CountTokensResponse) -> None:
+        asked = self._chosen.spelling
+        # Our name for the backend: its own may differ, and another orchestrator tells the name of a backend
+        # that the caller could neither drain nor ask for here.
+        answer.backend = self._chosen.name
+        if not answer.model:
+            answer.model = asked
+        if self._is_allowed(answer.model):
+            return
+        accepted = getattr(self._request, "accepted_degradations", ())
+        if pb.DEGRADATION_KIND_MODEL_SUBSTITUTED not in accepted or isinstance(
+            answer, pb.CountTokensResponse
+        ):
+            raise WrongModel(
+                f"backend {self._chosen.name} was asked for model {asked} and answered with {answer.model}",
+                metadata={"backend": self._chosen.name, "asked": asked, "answered": answer.model},
+            )
+        kinds = {degradation.kind for degradation in answer.degradations}
+        if pb.DEGRADATION_KIND_MODEL_SUBSTITUTED not in kinds:
+            answer.degradations.add(
+                kind=pb.DEGRADATION_KIND_MODEL_SUBSTITUTED,
+                field="model",
+                detail=f"model {answer.model} answers instead of {asked}",
+            )
+
+    def _is_allowed(self, answered: str) -> bool:
+        named = (self._chosen.spelling, *self._request.routing.fallback_models)
+        return any(is_same(name, answered, self._chosen.endpoint.models) for name in named)
+
+
+def _addressed(request: Request, spelling: str, request_id: str) -> Request:
+    """Returns the request as the backend is to see it."""
+    copy = type(request)()
+    copy.CopyFrom(request)  # type: ignore[arg-type]  # both are of one type, which the union hides
+    copy.model = spelling
+    copy.request_id = request_id
+    # The hints were for us, and an orchestrator behind us does not know our names.
+    priority = request.routing.priority
+    copy.ClearField("routing")
+    if priority:
+        copy.routing.priority = priority
+    return copy
+
+
+def _note(decision: Decision) -> None:
+    """Puts the decision onto the span of the call."""
+    span = trace.get_current_span()
+    if not span.is_recording():
+        return
+    attributes: dict[str, str | float | bool | Sequence[str]] = {
+        "forebay.route.class": decision.traits.request_class,
+        "forebay.route.chosen": decision.chosen.name if decision.chosen else "",
+        "forebay.route.last_resort": decision.is_last_resort,
+    }
+    for candidate in decision.candidates:
+        key = f"forebay.route.{candidate.name}"
+        attributes[key] = candidate.refused_by or f"{candidate.total:.3f}"
+    span.add_event("forebay.route", attributes)

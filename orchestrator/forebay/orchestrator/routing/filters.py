@@ -1,0 +1,147 @@
+"""Filters: each refuses a backend for a reason, or says nothing.
+
+A filter refuses only what is certain to fail. What is merely worse is a scorer's
+business, and what is unknown is tried.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TypeAlias
+
+from forebay.inference.v1 import inference_pb2 as pb
+from forebay.orchestrator.routing.classify import Traits
+from forebay.orchestrator.routing.view import EndpointView
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Question:
+    """Whether one backend can serve one request with one model."""
+
+    model: str
+    """The model that is asked for."""
+    traits: Traits
+    """What the request needs."""
+    allowed: tuple[str, ...]
+    """Backends the caller allows, in order of preference. Empty is any."""
+    tried: frozenset[str]
+    """Backends that failed this call already."""
+    endpoint: EndpointView
+    """The backend."""
+    found: pb.Model | None
+    """What the backend calls that model; None if it has no such model."""
+
+
+Filter: TypeAlias = Callable[[Question], str | None]
+"""Returns why a backend is refused, in one sentence for people, or None."""
+
+
+def allowed(question: Question) -> str | None:
+    """Refuses backends that the caller does not allow."""
+    if question.allowed and question.endpoint.name not in question.allowed:
+        return f"the request allows only {', '.join(question.allowed)}"
+    return None
+
+
+def tried(question: Question) -> str | None:
+    """Refuses backends that failed this call."""
+    if question.endpoint.name in question.tried:
+        return "it has failed this call already"
+    return None
+
+
+def reachable(question: Question) -> str | None:
+    """Refuses backends without a connection."""
+    if not question.endpoint.is_reachable:
+        return question.endpoint.detail or "it cannot be reached"
+    return None
+
+
+def serving(question: Question) -> str | None:
+    """Refuses backends that say they take no calls."""
+    if not question.endpoint.is_serving:
+        return question.endpoint.detail or "it says that it is not serving"
+    return None
+
+
+def drained(question: Question) -> str | None:
+    """Refuses backends that an operator drained."""
+    return "an operator drained it" if question.endpoint.is_drained else None
+
+
+def model(question: Question) -> str | None:
+    """Refuses backends that do not have the model."""
+    if question.endpoint.are_models_known:
+        return f"it has no model {question.model}" if question.found is None else None
+    # Of one that was never reached, why it cannot be reached says more; that is for the filters below.
+    is_up = question.endpoint.is_reachable and question.endpoint.is_serving
+    return "its models are not known yet" if is_up else None
+
+
+def quarantine(question: Question) -> str | None:
+    """Refuses models that crashed too often."""
+    if question.found is not None and question.found.state == pb.Model.STATE_QUARANTINED:
+        return f"model {question.found.id} crashed too often; load it by name to try again"
+    return None
+
+
+def capability(question: Question) -> str | None:
+    """Refuses models that are known to lack what the request needs."""
+    if question.found is None:
+        return None
+    for report in question.found.capabilities:
+        if report.capability in question.traits.needs and report.support == pb.CapabilityReport.SUPPORT_NO:
+            name = pb.Capability.Name(report.capability).removeprefix("CAPABILITY_").lower()
+            return f"model {question.found.id} does not support {name}"
+    return None
+
+
+def context(question: Question) -> str | None:
+    """Refuses models whose context is too small for any reading of the text."""
+    limit = question.found.context_token_count if question.found is not None else 0
+    if 0 < limit < question.traits.least_tokens:
+        return f"the text has at least {question.traits.least_tokens} tokens and the context holds {limit}"
+    return None
+
+
+def breaker(question: Question) -> str | None:
+    """Refuses backends and models that failed lately."""
+    endpoint = question.endpoint
+    if not endpoint.can_admit:
+        if endpoint.is_probing:
+            return f"it failed ({endpoint.cause}) and is being tried by another call"
+        return f"it failed ({endpoint.cause}) and rests for {endpoint.reopens_in:.1f} s"
+    if question.found is not None and question.found.id in endpoint.refused_models:
+        return f"model {question.found.id} failed and rests"
+    return None
+
+
+def room(question: Question) -> str | None:
+    """Refuses backends whose slots and queue are full."""
+    endpoint = question.endpoint
+    if endpoint.slots and endpoint.outstanding >= endpoint.slots + endpoint.queue:
+        return f"its {endpoint.slots} slots and {endpoint.queue} places in the queue are taken"
+    return None
+
+
+FILTERS: Sequence[tuple[str, Filter]] = (
+    # What can be said of a backend without looking at the request comes after what the caller said, so that
+    # nobody reads of the health of a backend they did not ask for.
+    ("allowed", allowed),
+    ("tried", tried),
+    # The model before the state: "it has no such model" holds however healthy the backend is, and it is by
+    # this order that a model nobody has is told from one that cannot be served now.
+    ("model", model),
+    ("quarantine", quarantine),
+    ("capability", capability),
+    ("context", context),
+    ("reachable", reachable),
+    ("serving", serving),
+    ("drained", drained),
+    # Last the refusals that waiting cures: only where one of them is all that stands in the way can an
+    # ejected backend serve as a last resort, or a full one be worth coming back to.
+    ("breaker", breaker),
+    ("room", room),
+)
+"""Every filter by name. The first that refuses is the one that is reported."""

@@ -1,0 +1,53 @@
+"""An immutable picture of the fleet, which all routing decisions are made over."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from forebay.inference.v1 import inference_pb2 as pb
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EndpointView:
+    """A backend as it is at one moment."""
+
+    name: str
+    """The backend's name."""
+    framework: str = ""
+    """Framework behind it."""
+    is_reachable: bool = True
+    """Whether there is a connection on which it answers."""
+    is_serving: bool = True
+    """Whether it says that it takes calls."""
+    is_drained: bool = False
+    """Whether an operator told us not to send it new calls."""
+    detail: str = ""
+    """Why it is unreachable or not serving, for people."""
+    models: tuple[pb.Model, ...] = ()
+    """What it listed last. Never changed in place."""
+    are_models_known: bool = True
+    """Whether it has listed its models at least once."""
+    can_admit: bool = True
+    """Whether the breaker of the whole backend lets a call through."""
+    is_ejected: bool = False
+    """Whether that breaker is open or half-open."""
+    is_probing: bool = False
+    """Whether a call is out that decides whether it works again."""
+    reopens_in: float = 0.0
+    """Seconds until its breaker lets a call through."""
+    refused_models: frozenset[str] = frozenset()
+    """Models whose own breaker keeps calls away."""
+    cause: str = ""
+    """Reason of the failure that opened its breaker."""
+    outstanding: int = 0
+    """Calls we sent it that have not ended, those that wait included."""
+    slots: int = 0
+    """Calls it may serve at once. 0 is no limit."""
+    queue: int = 0
+    """Calls that may wait for a slot."""
+    first_delta: float | None = None
+    """Recent seconds to the first delta. None is not known."""
+    success_rate: float = 1.0
+    """Recent share of calls that it did not fail."""
+    weight: float = 1.0
+    """How much it is preferred when all else is equal."""

@@ -1,0 +1,99 @@
+"""What happens to a call: two stacks, read from top to bottom.
+
+"Above" is nearer to the client, "below" is nearer to the backend. A layer sees
+a call after everything above it, and its events and failures before.
+"""
+
+from __future__ import annotations
+
+import random
+from datetime import timedelta
+
+from forebay.kit.layers.limit import Limit
+from forebay.kit.layers.measure import Measure
+from forebay.kit.layers.watchdog import Watchdog
+from forebay.kit.pipeline import Layer, Service, stack
+from forebay.orchestrator.budget import RetryBudget
+from forebay.orchestrator.clock import Clock
+from forebay.orchestrator.config import OrchestratorSettings
+from forebay.orchestrator.fleet.endpoint import Endpoint
+from forebay.orchestrator.layers.deadline import Deadline
+from forebay.orchestrator.layers.fallback import Fallback
+from forebay.orchestrator.layers.guard import Guard
+from forebay.orchestrator.layers.route import Fleet, Route
+from forebay.orchestrator.routing.router import Router
+
+
+def request_stack(
+    settings: OrchestratorSettings,
+    *,
+    fleet: Fleet,
+    router: Router,
+    budget: RetryBudget,
+    source: random.Random,
+) -> Service:
+    """Returns the stack that every call goes down once.
+
+    Args:
+        settings: the orchestrator's settings.
+        fleet: the backends.
+        router: decides between them.
+        budget: retries that all calls share.
+        source: where jitter comes from.
+    """
+    return stack(
+        # On top, so that it bounds every wait below, those between attempts included.
+        lambda inner: Deadline(
+            inner,
+            default=settings.default_deadline,
+            longest=settings.max_deadline,
+            margin=settings.deadline_margin,
+        ),
+        # Above Route, so that each attempt is decided anew over the fleet as it then is. It holds the commit
+        # gate, so nothing between it and the backend may keep events back.
+        lambda inner: Fallback(inner, settings=settings.retry, budget=budget, source=source),
+        # At the bottom: what is below belongs to one backend.
+        around=Route(fleet=fleet, router=router),
+    )
+
+
+def endpoint_stack(endpoint: Endpoint, *, channel: Service, clock: Clock) -> Service:
+    """Returns the stack of one backend, which every attempt on it goes down.
+
+    Args:
+        endpoint: the backend.
+        channel: the call to its process.
+        clock: gives the time in seconds.
+    """
+    settings = endpoint.settings
+    layers: list[Layer] = [
+        # Above Watchdog, so that a stall counts as a failure; above Limit, so that a call that is refused
+        # here never took a slot.
+        lambda inner: Guard(inner, breakers=endpoint.breakers, on_change=endpoint.update),
+    ]
+    if settings.slots:
+        # Above Measure: waiting for a slot of ours is not the backend's latency. Above Watchdog for the same
+        # reason: a call in our queue is not silent.
+        layers.append(lambda inner: _limit(endpoint, inner))
+    layers += [
+        # Above Watchdog, so that calls that stalled are measured too.
+        lambda inner: Measure(inner, record=endpoint.record, clock=clock),
+        # Directly above the channel: it tells the silence of the backend from that of anything of ours.
+        lambda inner: Watchdog(
+            inner,
+            first_event=_unless_zero(settings.first_event_timeout),
+            between_events=_unless_zero(settings.between_events_timeout),
+        ),
+    ]
+    return stack(*layers, around=channel)
+
+
+def _limit(endpoint: Endpoint, inner: Service) -> Limit:
+    settings = endpoint.settings
+    # The endpoint shows how many calls wait.
+    endpoint.limit = Limit(inner, slots=settings.slots, queue=settings.queue, name=f"backend {settings.name}")
+    return endpoint.limit
+
+
+def _unless_zero(duration: timedelta) -> timedelta | None:
+    return duration or None

@@ -1,0 +1,117 @@
+"""Settings of the MLX service."""
+
+from __future__ import annotations
+
+from datetime import timedelta
+from pathlib import Path
+
+from pydantic import Field, model_validator
+
+from forebay.kit.config import Address, Duration, ServerSettings
+from forebay.mlx_service.default_model import DEFAULT_MODEL
+from forebay.mlx_service.fetch import default_cache_dir
+
+
+class MlxSettings(ServerSettings):
+    """Settings of the MLX service: section `[mlx]`."""
+
+    address: Address = Field("127.0.0.1:50151", description="Address to listen on. Port 0 picks a free one.")
+    name: str = Field("mlx", min_length=1, description="Name of this backend, as answers give it.")
+
+    model_folders: tuple[Path, ...] = Field(
+        (), description="Folders to search for models: MLX folders and GGUF files, up to three levels deep."
+    )
+    huggingface_cache: bool = Field(
+        True, description="Whether models in the Hugging Face cache are served too."
+    )
+    cache_dir: Path = Field(
+        default_factory=default_cache_dir,
+        description="Folder for fetched and converted models. Default: the user's cache folder; "
+        "FOREBAY_CACHE_DIR names another.",
+    )
+    aliases: dict[str, str] = Field(
+        {}, description="Other names for models: name = identifier. A name may be another model's."
+    )
+    default_model: str = Field(
+        DEFAULT_MODEL.id, description="Model that `preload` starts with. Empty has none."
+    )
+    fetch_default_model: bool = Field(
+        True,
+        description="Whether the embedded default model is fetched (93 MB, once) when it is asked for and is "
+        "not there.",
+    )
+
+    preload: tuple[str, ...] | None = Field(
+        None, description="Models to load at start. Default: the default model. An empty list loads none."
+    )
+    max_loaded_models: int = Field(
+        2,
+        ge=1,
+        description="Most models in memory. One more makes the longest unused one leave. Two, so that a chat "
+        "model and an embedding model live side by side.",
+    )
+    keep_alive: Duration = Field(
+        timedelta(0), description="A model unused for this long leaves memory. 0 keeps it."
+    )
+    max_rows: int = Field(
+        8,
+        ge=1,
+        le=64,
+        description="Most replies one model generates at once. Beyond 8 they slow each other down.",
+    )
+    context_token_count: int | None = Field(
+        None,
+        ge=1,
+        description="Most tokens of prompt and reply together. Default: what the model was made for.",
+    )
+    default_max_output_token_count: int | None = Field(
+        None, ge=1, description="Most tokens of a reply whose request sets no limit. Default: the worker's."
+    )
+
+    load_timeout: Duration = Field(
+        timedelta(minutes=10), description="How long a model may take to load before that counts as failed."
+    )
+    restart_wait: Duration = Field(
+        timedelta(seconds=60),
+        description="How long a call waits for a worker that is being restarted. The first load of a model "
+        "is bound by `load_timeout` and the caller's deadline instead.",
+    )
+    restart_backoff_min: Duration = Field(
+        timedelta(milliseconds=250), description="Wait before the first restart of a crashed worker."
+    )
+    restart_backoff_max: Duration = Field(
+        timedelta(seconds=15), description="Longest wait before a restart; waits double up to it."
+    )
+    quarantine_crashes: int = Field(
+        4, ge=1, description="Crashes within `quarantine_window` after which a model is left alone."
+    )
+    quarantine_window: Duration = Field(
+        timedelta(minutes=2), description="Time in which crashes are counted towards a quarantine."
+    )
+    failed_retry: Duration = Field(
+        timedelta(seconds=30),
+        description="How long a failed load is answered from memory before a call tries it again. "
+        "Loading the model by name tries at once.",
+    )
+    health_interval: Duration = Field(
+        timedelta(seconds=1), description="How often each worker is asked whether it is well."
+    )
+    health_timeout: Duration = Field(
+        timedelta(seconds=5), description="A worker that does not answer for this long is replaced."
+    )
+    stop_grace: Duration = Field(
+        timedelta(seconds=5), description="How long a worker may take to end before it is killed."
+    )
+
+    @model_validator(mode="after")
+    def _check_backoff(self) -> MlxSettings:
+        if self.restart_backoff_min > self.restart_backoff_max:
+            raise ValueError("restart_backoff_min is longer than restart_backoff_max")
+        return self
+
+    @property
+    def preloaded(self) -> tuple[str, ...]:
+        """Models to load at start."""
+        if self.preload is not None:
+            return self.preload
+        return (self.default_model,) if self.default_model else ()

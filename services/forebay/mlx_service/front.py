@@ -1,0 +1,305 @@
+"""The MLX service's engine: finds the model, has it loaded, and passes the call to its worker."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import shutil
+from collections.abc import AsyncIterator
+from datetime import timedelta
+from pathlib import Path
+from typing import TypeVar
+
+from forebay.inference.v1 import inference_pb2 as pb
+from forebay.kit.engine import SendLoad, SendPull
+from forebay.kit.failure import (
+    BackendUnavailable,
+    Failure,
+    InvalidRequest,
+    ModelLoadFailed,
+    ModelNotFound,
+    PermissionDenied,
+    StreamInterrupted,
+)
+from forebay.kit.pipeline import Call, Send
+from forebay.kit.relay import relay_generate, relay_unary
+from forebay.mlx_service.config import MlxSettings
+from forebay.mlx_service.default_model import DEFAULT_MODEL, PackagedModel
+from forebay.mlx_service.fetch import Progress, Report, ensure_default_model, pull_from_hub
+from forebay.mlx_service.fetches import Fetches, Tell
+from forebay.mlx_service.process import Worker
+from forebay.mlx_service.registry import Entry, Registry
+from forebay.mlx_service.supervisor import Options, Prepare, Residence, State, Supervisor, Waiting
+from forebay.models.v1 import models_pb2 as models_pb
+
+logger = logging.getLogger(__name__)
+
+RequestT = TypeVar("RequestT", pb.GenerateRequest, pb.EmbedRequest, pb.CountTokensRequest)
+
+
+class MlxEngine:
+    """Serves the models of this machine, each from a worker process of its own.
+
+    Use it as a block: at its end no fetch is running.
+
+    Args:
+        settings: the service's settings.
+        registry: what models there are.
+        supervisor: keeps the workers.
+        hub_cache: where models of the Hugging Face hub are kept.
+        default: the embedded default model.
+    """
+
+    def __init__(
+        self,
+        settings: MlxSettings,
+        *,
+        registry: Registry,
+        supervisor: Supervisor,
+        hub_cache: Path,
+        default: PackagedModel = DEFAULT_MODEL,
+    ) -> None:
+        self._settings = settings
+        self._name = settings.name
+        self._registry = registry
+        self._supervisor = supervisor
+        self._hub_cache = hub_cache
+        self._default = default
+        self._fetches = Fetches()
+
+    def __repr__(self) -> str:
+        return f"<MlxEngine {self._registry!r} {self._supervisor!r}>"
+
+    async def __aenter__(self) -> MlxEngine:
+        await self._fetches.__aenter__()
+        return self
+
+    async def __aexit__(self, *exc: object) -> None:
+        await self._fetches.__aexit__(*exc)
+
+    async def preload(self) -> None:
+        """Loads the models that are to be in memory from the start. What fails is logged, and listed."""
+        for name in self._settings.preloaded:
+            try:
+                id_, prepare = await self._source(name)
+                await self._supervisor.load(
+                    id_, prepare, _no_one, self._options(models_pb.LoadModelRequest())
+                )
+            except Failure as failure:
+                logger.warning("%s is not loaded at start: %s", name, failure.message)
+
+    # InferenceEngine
+
+    async def generate(self, call: Call[pb.GenerateRequest], send: Send) -> None:
+        """Has the model loaded, saying so, and relays its worker's events."""
+
+        async def waiting(residence: Residence) -> None:
+            await send(pb.GenerateResponse(progress=_loading(residence)))
+
+        async with self._worker(call.request.model, waiting) as (id_, worker):
+            request = _for_worker(call, id_)
+            await relay_generate(worker.stub.Generate, request, call, send, self._name)
+
+    async def embed(self, call: Call[pb.EmbedRequest]) -> pb.EmbedResponse:
+        """Has the model loaded and relays its worker's answer."""
+        async with self._worker(call.request.model, _no_one) as (id_, worker):
+            return await relay_unary(worker.stub.Embed, _for_worker(call, id_), call, self._name)
+
+    async def count_tokens(self, call: Call[pb.CountTokensRequest]) -> pb.CountTokensResponse:
+        """Has the model loaded and relays its worker's answer."""
+        async with self._worker(call.request.model, _no_one) as (id_, worker):
+            return await relay_unary(worker.stub.CountTokens, _for_worker(call, id_), call, self._name)
+
+    async def list_models(self, request: pb.ListModelsRequest) -> pb.ListModelsResponse:
+        """Lists the models on disk and what became of those that were loaded."""
+        if request.backends and self._name not in request.backends:
+            return pb.ListModelsResponse()
+        entries = await self._registry.entries()
+        async with asyncio.TaskGroup() as tasks:
+            models = [tasks.create_task(self._describe(entry)) for entry in entries]
+        return pb.ListModelsResponse(models=[task.result() for task in models])
+
+    # ModelEngine
+
+    async def get_model(self, request: models_pb.GetModelRequest) -> models_pb.GetModelResponse:
+        """Describes one model."""
+        entry = await self._registry.find(request.model)
+        return models_pb.GetModelResponse(model=await self._describe(entry))
+
+    async def load_model(self, request: models_pb.LoadModelRequest, send: SendLoad) -> None:
+        """Loads a model; one that failed or crashed too often is tried again."""
+        if "mlx" in request.backend_options:
+            raise InvalidRequest(
+                "backend_options: MLX has no options for loading",
+                violations=[("backend_options", "leave out the key mlx")],
+            )
+
+        async def waiting(residence: Residence) -> None:
+            await send(models_pb.LoadModelResponse(progress=_load_progress(residence)))
+
+        id_, prepare = await self._source(request.model)
+        was_loaded = self._supervisor.residence(id_).state is State.ACTIVE
+        options = self._options(request)
+        residence = await self._supervisor.load(id_, prepare, waiting, options)
+        loaded = models_pb.ModelLoaded(model=await self._describe(await self._registry.find(id_)))
+        if not was_loaded:
+            loaded.load_duration.FromTimedelta(timedelta(seconds=residence.load_seconds))
+        await send(models_pb.LoadModelResponse(loaded=loaded))
+
+    async def pull_model(self, request: models_pb.PullModelRequest, send: SendPull) -> None:
+        """Fetches the default model, or one of the Hugging Face hub. Who asks for the same shares a fetch."""
+
+        async def report(step: Progress) -> None:
+            progress = models_pb.PullProgress(
+                detail=step.what,
+                digest=step.digest,
+                total_bytes=step.total,
+                completed_bytes=step.done,
+            )
+            await send(models_pb.PullModelResponse(progress=progress))
+
+        await self._fetch(request.model, report)
+        self._registry.forget()
+        entry = await self._registry.find(request.model)
+        pulled = models_pb.ModelPulled(model=await self._describe(entry))
+        await send(models_pb.PullModelResponse(pulled=pulled))
+
+    async def unload_model(self, request: models_pb.UnloadModelRequest) -> models_pb.UnloadModelResponse:
+        """Ends a model's worker; when this returns its memory is free."""
+        entry = await self._registry.find(request.model)
+        await self._supervisor.unload(entry.id, force=request.force)
+        return models_pb.UnloadModelResponse(model=await self._describe(entry))
+
+    async def delete_model(self, request: models_pb.DeleteModelRequest) -> models_pb.DeleteModelResponse:
+        """Removes a model of Forebay's cache or the hub's, after the last call that uses it."""
+        entry = await self._registry.find(request.model)
+        if entry.removable is None:
+            raise PermissionDenied(
+                f"{entry.id} is in {entry.path.parent}, which is yours: Forebay removes only what is in its "
+                "own cache or the Hugging Face cache",
+                metadata={"model": entry.id},
+            )
+        await self._supervisor.unload(entry.id, force=False)
+        await asyncio.to_thread(_remove, entry.removable)
+        if entry.id == self._default.id:
+            await asyncio.to_thread(_remove, self._default.gguf(self._settings.cache_dir))
+        self._registry.forget()
+        return models_pb.DeleteModelResponse()
+
+    # Below: what the calls above share.
+
+    @contextlib.asynccontextmanager
+    async def _worker(self, name: str, waiting: Waiting) -> AsyncIterator[tuple[str, Worker]]:
+        """Gives the worker of a model and the model's identifier, and reports a worker that is lost."""
+        id_, prepare = await self._source(name)
+        async with self._supervisor.lease(id_, prepare, waiting) as worker:
+            try:
+                yield id_, worker
+            except (BackendUnavailable, StreamInterrupted):
+                self._supervisor.residence(id_).doubt(worker)
+                raise
+
+    async def _source(self, name: str) -> tuple[str, Prepare]:
+        """Returns a model's identifier, and what gives the folder to load."""
+        try:
+            entry = await self._registry.find(name)
+        except ModelNotFound:
+            is_default = self._settings.aliases.get(name, name) == self._default.id
+            if not is_default or not self._settings.fetch_default_model:
+                raise
+            return self._default.id, self._fetch_default
+        if entry.fault:
+            raise ModelLoadFailed(f"{entry.id} cannot be loaded: {entry.fault}", metadata={"model": entry.id})
+        return entry.id, lambda report: self._registry.folder(entry, report)
+
+    async def _fetch_default(self, report: Report) -> Path:
+        async def tell(step: Progress) -> None:
+            report(step)
+
+        return await self._fetch(self._default.id, tell)
+
+    async def _fetch(self, id_: str, tell: Tell) -> Path:
+        if id_ == self._default.id:
+            return await self._fetches.join(
+                id_,
+                lambda report: ensure_default_model(self._settings.cache_dir, report, model=self._default),
+                tell,
+            )
+        return await self._fetches.join(id_, lambda report: pull_from_hub(id_, self._hub_cache, report), tell)
+
+    def _options(self, request: models_pb.LoadModelRequest) -> Options:
+        keep_alive = self._settings.keep_alive
+        if request.HasField("keep_alive_duration"):
+            keep_alive = request.keep_alive_duration.ToTimedelta()
+        context = self._settings.context_token_count
+        if request.HasField("context_token_count"):
+            context = request.context_token_count
+        return Options(
+            context_token_count=context, keep_alive=keep_alive.total_seconds(), pinned=request.pinned
+        )
+
+    async def _describe(self, entry: Entry) -> pb.Model:
+        """Returns a model as it is now: what its folder says, corrected by what its worker says."""
+        model = entry.to_model(self._name)
+        residence = self._supervisor.residence(entry.id)
+        if residence.worker is not None and not residence.suspect:
+            residence.described = await residence.worker.describe() or residence.described
+        if residence.state is State.ACTIVE and residence.described is not None:
+            model.MergeFrom(_facts(residence.described))
+        if residence.kept or residence.state is not State.AVAILABLE:
+            model.state = residence.state.value
+            model.detail = residence.detail or model.detail
+        left = residence.expires_in(asyncio.get_running_loop().time())
+        if left is not None:
+            model.expire_time.GetCurrentTime()
+            model.expire_time.FromNanoseconds(model.expire_time.ToNanoseconds() + int(left * 1e9))
+        return model
+
+
+def _for_worker(call: Call[RequestT], id_: str) -> RequestT:
+    """Returns the call's request with the identifiers by which the worker knows the model and the call."""
+    request = type(call.request)()
+    request.CopyFrom(call.request)
+    request.model = id_
+    request.request_id = call.request_id
+    return request
+
+
+def _loading(residence: Residence) -> pb.Progress:
+    progress = pb.Progress(stage=pb.Progress.STAGE_LOADING)
+    step = residence.step
+    if step is not None and step.total:
+        progress.fraction = min(1.0, step.done / step.total)
+    return progress
+
+
+def _load_progress(residence: Residence) -> models_pb.LoadProgress:
+    progress = models_pb.LoadProgress(detail=residence.detail or "loading")
+    step = residence.step
+    if step is not None and step.total:
+        progress.fraction = min(1.0, step.done / step.total)
+    return progress
+
+
+def _facts(described: pb.Model) -> pb.Model:
+    """Returns what only the loaded model knows of itself."""
+    return pb.Model(
+        memory_bytes=described.memory_bytes,
+        context_token_count=described.context_token_count,
+        loaded_context_token_count=described.loaded_context_token_count,
+        slot_count=described.slot_count,
+        capabilities=described.capabilities,
+        weights=described.weights,
+    )
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+async def _no_one(residence: Residence) -> None:
+    """Tells nobody that a call waits: a unary call has no way to be told."""

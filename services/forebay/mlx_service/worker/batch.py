@@ -1,0 +1,109 @@
+"""The one module that knows mlx-lm's `BatchGenerator`.
+
+Its interface changes from release to release, so nothing else touches it.
+Everything here runs on the engine's thread.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from forebay.mlx_service.worker.runtime import BatchGenerator, mx
+from forebay.mlx_service.worker.sampling import Array, Processor, Sampler
+
+
+@dataclass(frozen=True, slots=True)
+class Prefilled:
+    """A row's prompt has been read up to here."""
+
+    uid: int
+    done: int
+    total: int
+
+
+@dataclass(frozen=True, slots=True)
+class Generated:
+    """A row has a new token. The log probabilities are evaluated and live on the engine's thread."""
+
+    uid: int
+    token: int
+    logprobs: Array
+    ended: str | None
+    """None, or `stop` after an end token, or `length` after the last token allowed."""
+
+
+class Batch:
+    """Rows that are generated together, one token each a step.
+
+    Args:
+        model: the model, loaded on this thread.
+        rows: most rows at once.
+        prefill_step: tokens of a prompt read in one step. The other rows wait for as long.
+        end_tokens: tokens that end a reply.
+    """
+
+    def __init__(self, model: object, *, rows: int, prefill_step: int, end_tokens: Sequence[int]) -> None:
+        self._generator = BatchGenerator(
+            model,
+            completion_batch_size=rows,
+            prefill_batch_size=1,  # one prompt at a time: the others' tokens wait for one chunk, not for many
+            prefill_step_size=prefill_step,
+            stop_tokens=[[token] for token in end_tokens],
+        )
+
+    def insert(
+        self, tokens: Sequence[int], *, most: int, sampler: Sampler, processors: Sequence[Processor]
+    ) -> int:
+        """Adds a row and returns its number. The prompt is read in the steps that follow.
+
+        Args:
+            tokens: what to read; at least one.
+            most: tokens to generate at most; at least one.
+            sampler: picks the tokens.
+            processors: change the logits first. Must not raise.
+        """
+        (uid,) = self._generator.insert(
+            [list(tokens)], [most], samplers=[sampler], logits_processors=[list(processors)]
+        )
+        return int(uid)
+
+    def step(self) -> tuple[list[Prefilled], list[Generated]]:
+        """Generates a token a row and reads one chunk of one prompt."""
+        prompts, tokens = self._generator.next()
+        return (
+            [Prefilled(p.uid, int(p.progress[0]), int(p.progress[1])) for p in prompts],
+            [Generated(t.uid, int(t.token), t.logprobs, t.finish_reason) for t in tokens],
+        )
+
+    def remove(self, uid: int) -> None:
+        """Takes a row out, whatever it is at. Unknown rows are ignored."""
+        with mx.stream(self._generator.stream):
+            self._generator.remove([uid])
+
+    @property
+    def prefill_step(self) -> int:
+        """Tokens of a prompt read in one step."""
+        return int(self._generator.prefill_step_size)
+
+    @property
+    def cache_bytes(self) -> int:
+        """Bytes that the rows' attention caches take."""
+        return int(self._generator.prompt_cache_nbytes)
+
+    def close(self) -> None:
+        """Gives back what the rows hold."""
+        self._generator.close()
+        del self._generator
+
+
+def top_tokens(logprobs: Array, count: int) -> list[tuple[int, float]]:
+    """Returns the `count` likeliest tokens with their log probabilities, best first."""
+    if count <= 0:
+        return []
+    count = min(count, logprobs.shape[-1])
+    order: Array = mx.argsort(-logprobs)[:count]
+    values: Array = logprobs[order]
+    mx.eval(order, values)
+    pairs: list[tuple[int, float]] = list(zip(order.tolist(), values.tolist(), strict=True))
+    return [(token, value) for token, value in pairs if value > -1e30]  # a format's mask leaves fewer

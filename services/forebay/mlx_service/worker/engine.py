@@ -1,0 +1,615 @@
+"""The engine: one thread that owns the model and every array, and generates all rows together.
+
+Only integers, floats and strings leave the thread. Callers live on an event
+loop: they hand in a `Row`, get a `Ticket`, and read from it what happens to
+the row. All that happened in one step reaches the loop in one hop.
+
+A row's life is waiting, then reading its prompt, then writing, then over:
+
+    waiting -> reading   a place in the batch is free and it is the row's turn
+    reading -> writing   the first token came
+    any     -> over      end token, limit, cancelled, deadline, failure
+
+A slow reader costs no unbounded memory: what waits in a ticket are the tokens
+of its row, at most as many as the row may generate, and they are read all at
+once.
+
+If a step fails, nobody can tell what the batch holds. The engine then throws
+the batch away and reads every row again from its tokens, one suspect at a
+time: a row during whose first step the batch fails again and again is the
+culprit, and fails alone.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import heapq
+import logging
+import os
+import queue
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass, field
+from datetime import timedelta
+from functools import partial
+from typing import Protocol, TypeAlias
+
+from forebay.kit.failure import BackendError, DeadlineExceeded, Draining, Failure, QueueFull
+from forebay.mlx_service.worker.batch import Batch, Generated, Prefilled, top_tokens
+from forebay.mlx_service.worker.runtime import leave_thread, mx
+from forebay.mlx_service.worker.sampling import Array, Processor, SamplingParams, processors, sampler
+
+log = logging.getLogger(__name__)
+
+PREFILL_STEPS = (16, 32, 64, 128, 256, 512)
+"""Tokens of a prompt that may be read in one step. More than 512 hardly makes reading faster."""
+
+PREFILL_SECONDS = 0.5
+"""How long one such step may take. Rows that write wait for it, and a cancelled row holds its place for it.
+Small models on Metal read 512 tokens in less; a CPU reads 16 in more."""
+
+ROW_RETRIES = 2
+"""Times a row is read again after steps that failed. A fault that comes back is no accident."""
+
+IDLE_SECONDS = 1.0
+"""Idle time after which freed buffers go back to the system. Shorter would thrash between two requests."""
+
+Loader: TypeAlias = Callable[[], tuple[object, Collection[int]]]
+"""Loads a model on the engine's thread. Returns it and the tokens that end a reply."""
+
+
+class Constraint(Protocol):
+    """What a row's tokens must follow, such as a grammar."""
+
+    def processor(self, prompt_count: int) -> Processor:
+        """Returns a fresh processor for a row whose first `prompt_count` tokens are prompt.
+
+        It may raise any `Failure`; the row then ends with it.
+        """
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Row:
+    """One reply to generate. Everything in it has been checked."""
+
+    tokens: tuple[int, ...]
+    """What to read: the prompt, and the tokens of the reply that are there already. At least one."""
+    reply_count: int = 0
+    """How many of `tokens`, at their end, belong to the reply."""
+    most: int
+    """Tokens to generate at most, at least one."""
+    sampling: SamplingParams
+    """How to pick tokens."""
+    constraint: Constraint | None = None
+    """What the tokens must follow."""
+    top_logprobs: int | None = None
+    """Likeliest tokens to report with every token; None reports no log probabilities at all."""
+    urgency: int = 1
+    """Rows of lower urgency figures go first."""
+    deadline: float | None = None
+    """When to give up, in seconds of `time.monotonic`."""
+
+
+@dataclass(frozen=True, slots=True)
+class Waiting:
+    """The row waits; so many are ahead."""
+
+    position: int
+
+
+@dataclass(frozen=True, slots=True)
+class Reading:
+    """The row is in the batch, since then, and so much of its prompt was read."""
+
+    done: int
+    total: int
+    since: float
+
+
+@dataclass(frozen=True, slots=True)
+class Written:
+    """The row has a new token. End tokens are not told."""
+
+    token: int
+    at: float
+    logprob: float | None = None
+    top: tuple[tuple[int, float], ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Over:
+    """The row is over: `stop` after an end token, `length` at the limit, or `failed`."""
+
+    reason: str
+    failure: Failure | None = None
+
+
+Happening: TypeAlias = Waiting | Reading | Written | Over
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineStats:
+    """What the engine is doing. Cheap to ask from any thread."""
+
+    live: int
+    """Rows in the batch."""
+    waiting: int
+    """Rows that wait for a place in it."""
+    steps: int
+    """Steps so far."""
+    last_step_age: float
+    """Seconds since the last step ended, while rows are live; else 0."""
+    memory_bytes: int
+    """Memory that mlx holds in use: weights, caches and temporaries."""
+    faults: int
+    """Steps that failed."""
+
+
+class Ticket:
+    """What the event loop holds of a row."""
+
+    def __init__(self, row: Row, leave: Callable[[Ticket], None]) -> None:
+        self.row = row
+        self.is_over = False
+        self.submitted_at = time.monotonic()
+        self._leave = leave
+        self._happenings: deque[Happening] = deque()
+        self._news = asyncio.Event()
+
+    async def next(self) -> list[Happening]:
+        """Waits until something happened and returns all of it, in order. `Over` comes last."""
+        await self._news.wait()
+        self._news.clear()
+        happenings = list(self._happenings)
+        self._happenings.clear()
+        return happenings
+
+    def cancel(self) -> None:
+        """Takes the row out of the batch before its next step. Does nothing if it is over."""
+        if not self.is_over:
+            self.is_over = True
+            self._leave(self)
+
+    def tell(self, happening: Happening) -> None:
+        """Adds news. Called on the event loop."""
+        if self._happenings and type(happening) is type(self._happenings[-1]) is not Written:
+            self._happenings.pop()  # an older position or fraction is of no use
+        self._happenings.append(happening)
+        self._news.set()
+
+
+@dataclass(slots=True, eq=False)
+class _Live:
+    """A row on the engine's thread."""
+
+    ticket: Ticket
+    written: list[int] = field(default_factory=list)
+    guard: _Guard | None = None
+    suspect: bool = False
+    faults: int = 0
+    since: float = 0.0
+
+    @property
+    def row(self) -> Row:
+        return self.ticket.row
+
+
+class _Guard:
+    """Runs a row's processors in a step that other rows share: it keeps their exceptions to itself."""
+
+    def __init__(self, chain: Sequence[Processor]) -> None:
+        self._chain = chain
+        self.error: Exception | None = None
+
+    def __call__(self, tokens: Array, logits: Array) -> Array:
+        if self.error is None:
+            try:
+                for process in self._chain:
+                    logits = process(tokens, logits)
+            except Exception as error:  # noqa: BLE001  # the row fails with it after the step
+                self.error = error
+        return logits
+
+
+class Engine:
+    """Generates rows together on a thread of its own.
+
+    Args:
+        load: loads the model, on the engine's thread.
+        rows: most rows at once.
+        queue_rows: most rows that wait for a place.
+        prefill_step: tokens of a prompt read in one step. None measures what the device can do.
+    """
+
+    def __init__(
+        self, load: Loader, *, rows: int, queue_rows: int = 64, prefill_step: int | None = None
+    ) -> None:
+        self._load = load
+        self._rows = rows
+        self._queue_rows = queue_rows
+        self._prefill_step = prefill_step
+        self._commands: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
+        self._thread = threading.Thread(target=self._run, name="mlx-engine", daemon=True)
+        self._loop: asyncio.AbstractEventLoop
+        self._loaded: asyncio.Future[None]
+        self._ended: asyncio.Future[None]
+        # On the event loop:
+        self._outstanding = 0
+        self._stopping = False
+        self.vocabulary_size = 0
+        """Tokens that the model knows; 0 until it is loaded. It may be more than its tokenizer knows."""
+        self._row_seconds = 1.0
+        # On the engine's thread:
+        self._batch: Batch
+        self._model: object
+        self._end_tokens: frozenset[int]
+        self._live: dict[int, _Live] = {}
+        self._again: deque[_Live] = deque()
+        self._queue: list[tuple[int, int, Ticket]] = []
+        self._count = 0
+        self._outbox: list[tuple[Ticket, Happening]] = []
+        self._stopped = False
+        self._steps = 0
+        self._faults = 0
+        self._stepped_at = 0.0
+        self._memory_bytes = 0
+
+    # On the event loop
+
+    async def start(self) -> None:
+        """Starts the thread, loads the model and runs it once.
+
+        Raises:
+            Exception: whatever loading raised.
+        """
+        self._loop = asyncio.get_running_loop()
+        self._loaded = self._loop.create_future()
+        self._ended = self._loop.create_future()
+        self._thread.start()
+        await asyncio.shield(self._loaded)
+
+    def submit(self, row: Row) -> Ticket:
+        """Queues a row.
+
+        Raises:
+            QueueFull: too many rows wait.
+            Draining: the engine stops.
+        """
+        if self._stopping or self._ended.done():
+            raise Draining("this model's worker is stopping")
+        waiting = self._outstanding - self._rows
+        if waiting >= self._queue_rows:
+            wait = min(max(self._row_seconds * (waiting + 1) / self._rows, 0.5), 60.0)
+            raise QueueFull(
+                f"{self._rows} requests run and {waiting} wait; try again later",
+                metadata={"running": str(self._rows), "waiting": str(waiting)},
+                retry_after=timedelta(seconds=round(wait, 1)),
+            )
+        self._outstanding += 1
+        ticket = Ticket(row, self._leave)
+        self._commands.put(partial(self._add, ticket))
+        return ticket
+
+    def stats(self) -> EngineStats:
+        """Returns what the engine is doing."""
+        live = len(self._live)
+        age = time.monotonic() - self._stepped_at if live else 0.0
+        return EngineStats(
+            live=live,
+            waiting=len(self._queue) + len(self._again),
+            steps=self._steps,
+            last_step_age=max(0.0, age),
+            memory_bytes=self._memory_bytes,
+            faults=self._faults,
+        )
+
+    @property
+    def has_ended(self) -> bool:
+        """Whether the thread has ended, because it was stopped or because it failed for good."""
+        return self._ended.done()
+
+    async def stop(self, *, timeout: float) -> None:
+        """Ends all rows and the thread.
+
+        Raises:
+            TimeoutError: the thread is stuck in a step.
+        """
+        self._stopping = True
+        if self._thread.ident is None:
+            return
+        self._commands.put(self._stop)
+        async with asyncio.timeout(timeout):
+            await asyncio.shield(self._ended)
+        self._thread.join(timeout)
+
+    def _leave(self, ticket: Ticket) -> None:
+        self._outstanding -= 1
+        self._commands.put(partial(self._remove, ticket))
+
+    def _deliver(self, news: list[tuple[Ticket, Happening]]) -> None:
+        for ticket, happening in news:
+            if ticket.is_over:
+                continue
+            if isinstance(happening, Over):
+                ticket.is_over = True
+                self._outstanding -= 1
+                took = time.monotonic() - ticket.submitted_at
+                self._row_seconds += 0.2 * (took - self._row_seconds)
+            ticket.tell(happening)
+
+    def _finish(self, future: asyncio.Future[None], error: BaseException | None) -> None:
+        if not future.done():
+            if error is None:
+                future.set_result(None)
+            else:
+                future.set_exception(error)
+
+    # On the engine's thread
+
+    def _run(self) -> None:
+        error: BaseException | None = None
+        try:
+            self._start_model()
+            self._post(self._finish, self._loaded, None)
+            while not self._stopped:
+                self._drain()
+                self._expire()
+                self._admit()
+                if self._live:
+                    self._step()
+                self._flush()
+        except BaseException as fatal:  # reported: the thread has nobody above it
+            error = fatal
+            log.error("the engine ended: %s", type(fatal).__name__, exc_info=fatal)
+        finally:
+            self._end(error)
+
+    def _start_model(self) -> None:
+        # Every thread begins with the same random state; without this, equal prompts to
+        # two workers would get equal "random" replies.
+        mx.random.seed(int.from_bytes(os.urandom(7), "little"))
+        self._model, end_tokens = self._load()
+        self._end_tokens = frozenset(end_tokens)
+        self._batch = self._new_batch()
+        self._warm_up(2)
+        took = self._warm_up(PREFILL_STEPS[0] + 1)
+        if self._prefill_step is None:
+            # Measured once: with a step that changes, the low bits and so even greedy replies could differ.
+            fits = [step for step in PREFILL_STEPS if took * step / PREFILL_STEPS[0] <= PREFILL_SECONDS]
+            self._prefill_step = max(fits, default=PREFILL_STEPS[0])
+            self._batch.close()
+            self._batch = self._new_batch()
+        mx.clear_cache()
+        self._measure()
+
+    def _new_batch(self) -> Batch:
+        return Batch(
+            self._model,
+            rows=self._rows,
+            prefill_step=self._prefill_step or PREFILL_STEPS[0],
+            end_tokens=sorted(self._end_tokens),
+        )
+
+    def _warm_up(self, count: int) -> float:
+        """Runs the model on some tokens, so that no request has to compile kernels or find out it is broken.
+
+        Returns the seconds of its longest step.
+        """
+        uid = self._batch.insert(
+            (0,) * count, most=2, sampler=sampler(SamplingParams(temperature=0), position=0), processors=()
+        )
+        longest = 0.0
+        while True:
+            began = time.monotonic()
+            _, written = self._batch.step()
+            longest = max(longest, time.monotonic() - began)
+            if written:
+                self.vocabulary_size = int(written[0].logprobs.shape[-1])
+            if any(token.ended for token in written):
+                break
+        self._batch.remove(uid)
+        return longest
+
+    def _measure(self) -> None:
+        self._memory_bytes = int(mx.get_active_memory())
+
+    def _drain(self) -> None:
+        """Runs the commands that came. With nothing to generate it sleeps until one does."""
+        if not (self._live or self._queue or self._again):
+            try:
+                command = self._commands.get(timeout=IDLE_SECONDS)
+            except queue.Empty:
+                mx.clear_cache()
+                self._measure()
+                command = self._commands.get()
+            self._stepped_at = time.monotonic()
+            command()
+        while True:
+            try:
+                command = self._commands.get_nowait()
+            except queue.Empty:
+                return
+            command()
+
+    def _add(self, ticket: Ticket) -> None:
+        self._count += 1
+        heapq.heappush(self._queue, (ticket.row.urgency, self._count, ticket))
+
+    def _remove(self, ticket: Ticket) -> None:
+        for uid, live in self._live.items():
+            if live.ticket is ticket:
+                self._drop(uid)
+                return
+        self._queue = [entry for entry in self._queue if entry[2] is not ticket]
+        heapq.heapify(self._queue)
+        self._again = deque(live for live in self._again if live.ticket is not ticket)
+
+    def _drop(self, uid: int) -> None:
+        del self._live[uid]
+        self._batch.remove(uid)
+
+    def _stop(self) -> None:
+        self._stopped = True
+
+    def _expire(self) -> None:
+        now = time.monotonic()
+
+        def is_late(ticket: Ticket) -> bool:
+            return ticket.row.deadline is not None and now >= ticket.row.deadline
+
+        late = [ticket for _, _, ticket in self._queue if is_late(ticket)]
+        late += [live.ticket for live in (*self._live.values(), *self._again) if is_late(live.ticket)]
+        for ticket in late:
+            self._remove(ticket)
+            self._tell(
+                ticket, Over("failed", DeadlineExceeded("the deadline passed while the reply was made"))
+            )
+
+    def _admit(self) -> None:
+        """Fills the batch: rows that a fault threw out first, one suspect at a time, then those that wait."""
+        suspected = any(live.suspect for live in self._live.values())
+        if self._again:
+            if not suspected:
+                self._insert(self._again.popleft())
+            return
+        admitted = False
+        while self._queue and len(self._live) < self._rows and not suspected:
+            self._insert(_Live(heapq.heappop(self._queue)[2]))
+            admitted = True
+        if admitted or self._queue:
+            for position, (_, _, ticket) in enumerate(sorted(self._queue, key=lambda entry: entry[:2])):
+                self._tell(ticket, Waiting(position))
+
+    def _insert(self, live: _Live) -> None:
+        row = live.row
+        prompt_count = len(row.tokens) - row.reply_count
+        try:
+            chain = processors(row.sampling, prompt_count=prompt_count)
+            if row.constraint is not None:
+                chain.append(row.constraint.processor(prompt_count))
+            live.guard = _Guard(chain) if chain else None
+            uid = self._batch.insert(
+                (*row.tokens, *live.written),
+                most=row.most - len(live.written),
+                sampler=sampler(row.sampling, position=row.reply_count + len(live.written)),
+                processors=[live.guard] if live.guard else [],
+            )
+        except Exception as error:  # noqa: BLE001  # told to the row's caller; the others go on
+            self._fail(live.ticket, error)
+            return
+        live.since = time.monotonic()
+        self._live[uid] = live
+        if not live.written:
+            self._tell(live.ticket, Reading(0, len(row.tokens), live.since))
+
+    def _step(self) -> None:
+        try:
+            read, written = self._batch.step()
+        except Exception as error:  # noqa: BLE001  # a fault of one row or of mlx must not end the others
+            self._recover(error)
+            return
+        now = self._stepped_at = time.monotonic()
+        self._steps += 1
+        for progress in read:
+            self._on_read(progress)
+        for token in written:
+            self._on_written(token, now)
+        for uid, live in list(self._live.items()):
+            if live.guard is not None and live.guard.error is not None:
+                self._drop(uid)
+                self._fail(live.ticket, live.guard.error)
+
+    def _on_read(self, progress: Prefilled) -> None:
+        live = self._live.get(progress.uid)
+        if live is not None and not live.written:
+            self._tell(live.ticket, Reading(progress.done, progress.total, live.since))
+
+    def _on_written(self, generated: Generated, now: float) -> None:
+        live = self._live.get(generated.uid)
+        if live is None:
+            return
+        live.suspect = False
+        live.written.append(generated.token)
+        if generated.token not in self._end_tokens:
+            logprob: float | None = None
+            top: tuple[tuple[int, float], ...] = ()
+            if live.row.top_logprobs is not None:
+                logprob = float(generated.logprobs[generated.token].item())
+                top = tuple(top_tokens(generated.logprobs, live.row.top_logprobs))
+            self._tell(live.ticket, Written(generated.token, now, logprob, top))
+        if generated.ended is not None:
+            del self._live[generated.uid]
+            self._tell(live.ticket, Over(generated.ended))
+            self._measure()
+
+    def _recover(self, error: Exception) -> None:
+        """Throws the batch away and reads its rows again: see the module's text."""
+        self._faults += 1
+        log.error("a step failed: %s", type(error).__name__, exc_info=error)
+        rows = list(self._live.values())
+        blamed = [live for live in rows if live.suspect] or rows
+        self._live.clear()
+        self._batch.close()
+        gc.collect()
+        mx.clear_cache()
+        self._batch = self._new_batch()
+        for live in blamed:
+            live.faults += 1
+        # Those blamed go last, so that the others are writing again before the culprit is tried.
+        for live in sorted(rows, key=lambda one: one in blamed):
+            if live.faults > ROW_RETRIES:
+                self._fail(live.ticket, error)
+            else:
+                live.suspect = True
+                self._again.append(live)
+        self._stepped_at = time.monotonic()
+
+    def _fail(self, ticket: Ticket, error: Exception) -> None:
+        if not isinstance(error, Failure):
+            log.error("a reply failed: %s", type(error).__name__, exc_info=error)
+            failure: Failure = BackendError(f"generating the reply failed: {type(error).__name__}")
+            failure.__cause__ = error
+        else:
+            failure = error
+        self._tell(ticket, Over("failed", failure))
+
+    def _tell(self, ticket: Ticket, happening: Happening) -> None:
+        self._outbox.append((ticket, happening))
+
+    def _flush(self) -> None:
+        if self._outbox:
+            news, self._outbox = self._outbox, []
+            self._post(self._deliver, news)
+
+    def _post(self, call: Callable[..., None], *arguments: object) -> None:
+        try:
+            self._loop.call_soon_threadsafe(partial(call, *arguments))
+        except RuntimeError:  # the loop is closed: nobody listens any more
+            self._stopped = True
+
+    def _end(self, error: BaseException | None) -> None:
+        """Ends what is left and drops every array on this thread, as mlx wants."""
+        for ticket in [live.ticket for live in (*self._live.values(), *self._again)] + [
+            entry[2] for entry in self._queue
+        ]:
+            failure: Failure = Draining("this model's worker is stopping")
+            if error is not None:
+                failure = BackendError(f"this model's engine failed: {type(error).__name__}")
+            self._tell(ticket, Over("failed", failure))
+        self._live.clear()
+        self._again.clear()
+        self._queue.clear()
+        self._flush()
+        if hasattr(self, "_batch"):
+            self._batch.close()
+            del self._batch
+        if hasattr(self, "_model"):
+            del self._model
+        self._post(self._finish, self._loaded, error)
+        gc.collect()
+        mx.clear_cache()
+        leave_thread()
+        self._post(self._finish, self._ended, None)

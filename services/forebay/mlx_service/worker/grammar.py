@@ -1,0 +1,184 @@
+"""Output formats, enforced: tokens that would leave the format get no probability.
+
+llguidance says which tokens may come next; its own mlx kernel needs Metal, so
+the mask is applied here, the same way on every device. What cannot be compiled
+is refused before anything is generated.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+
+import llguidance
+import llguidance.hf
+import numpy as np
+
+from forebay.inference.v1 import inference_pb2 as pb
+from forebay.kit.failure import BackendError, CapabilityUnsupported, InvalidRequest, printable
+from forebay.mlx_service.worker.runtime import mx
+from forebay.mlx_service.worker.sampling import Array, Processor
+from forebay.mlx_service.worker.words import Words
+
+KEPT = 32
+"""Compiled grammars that are kept. An application asks with a handful of schemas again and again."""
+
+WHITESPACE = r"[ \n]{0,40}"
+"""White space between JSON tokens. Bounded, or a weak model writes blanks inside valid JSON until its limit;
+40 characters indent ten levels by four."""
+
+
+class Grammar:
+    """A compiled format, good for any number of replies.
+
+    Args:
+        matcher: at the beginning of the format.
+        think_tokens: begin and end of reasoning, which is free of the format; None if the model has none.
+        is_thinking: whether replies begin inside reasoning.
+    """
+
+    def __init__(
+        self, matcher: llguidance.LLMatcher, *, think_tokens: tuple[int, int] | None, is_thinking: bool
+    ) -> None:
+        self._matcher = matcher
+        self._think_tokens = think_tokens
+        self._is_thinking = is_thinking
+
+    def processor(self, prompt_count: int) -> Processor:
+        """Returns a processor for one reply."""
+        return _Follow(self._matcher.deep_copy(), prompt_count, self._think_tokens, self._is_thinking)
+
+
+class _Follow:
+    """Follows one reply through its format."""
+
+    def __init__(
+        self,
+        matcher: llguidance.LLMatcher,
+        position: int,
+        think_tokens: tuple[int, int] | None,
+        is_thinking: bool,
+    ) -> None:
+        self._matcher = matcher
+        self._position = position
+        self._think_tokens = think_tokens
+        self._is_thinking = is_thinking
+        self._may_think = think_tokens is not None and not is_thinking
+
+    def __call__(self, tokens: Array, logits: Array) -> Array:
+        # Waits for the step before: the next mask depends on the token that it picks.
+        for token in tokens[self._position :].tolist():
+            self._consume(token)
+            self._position += 1
+        if self._is_thinking or self._matcher.is_stopped():
+            return logits
+        return mx.where(mx.array(self._allowed(logits.shape[-1]))[None], logits, -mx.inf)
+
+    def _consume(self, token: int) -> None:
+        if self._is_thinking:
+            assert self._think_tokens is not None
+            self._is_thinking = token != self._think_tokens[1]
+            self._may_think = False
+        elif self._may_think and self._think_tokens is not None and token == self._think_tokens[0]:
+            self._is_thinking = True
+        else:
+            self._may_think = False
+            if not self._matcher.is_stopped() and not self._matcher.consume_token(token):
+                raise BackendError("the reply left its output format")
+
+    def _allowed(self, width: int) -> np.ndarray:
+        bits = np.unpackbits(np.frombuffer(self._matcher.compute_bitmask(), np.uint8), bitorder="little")
+        if self._matcher.is_error():
+            raise BackendError("the output format became too complex to follow")
+        allowed = np.zeros(width, bool)  # a model's vocabulary may be padded beyond the tokenizer's
+        allowed[: min(width, bits.size)] = bits[:width]
+        if self._may_think and self._think_tokens is not None:
+            allowed[self._think_tokens[0]] = True
+        return allowed
+
+
+class Grammars:
+    """Compiles output formats and keeps those used last.
+
+    Args:
+        words: the tokenizer, and the thread to compile on.
+    """
+
+    def __init__(self, words: Words) -> None:
+        self._words = words
+        self._tokenizer: llguidance.LLTokenizer | None = None
+        self._kept: OrderedDict[tuple[str, str], llguidance.LLMatcher] = OrderedDict()
+
+    async def compile(self, wanted: pb.OutputFormat, *, is_thinking: bool) -> Grammar:
+        """Returns the format, ready to be followed.
+
+        Args:
+            wanted: the format.
+            is_thinking: whether the reply begins inside reasoning, which is free of the format.
+
+        Raises:
+            InvalidRequest: the format is malformed.
+            CapabilityUnsupported: part of it cannot be enforced.
+        """
+        language = self._words.language
+        if (language.markers.think_start or is_thinking) and language.think_tokens is None:
+            raise CapabilityUnsupported(
+                "this model's reasoning is not marked by single tokens, so an output format after it "
+                "cannot be enforced",
+                metadata={"field": "output_format"},
+            )
+        matcher = await self._words.run(lambda: self._matcher(wanted))
+        return Grammar(matcher, think_tokens=language.think_tokens, is_thinking=is_thinking)
+
+    def _matcher(self, wanted: pb.OutputFormat) -> llguidance.LLMatcher:
+        kind = wanted.WhichOneof("constraint") or ""
+        key = (kind, str(getattr(wanted, kind)))
+        kept = self._kept.get(key)
+        if kept is None:
+            kept = self._compile(kind, key[1])
+            self._kept[key] = kept
+            while len(self._kept) > KEPT:
+                self._kept.popitem(last=False)
+        self._kept.move_to_end(key)
+        return kept
+
+    def _compile(self, kind: str, text: str) -> llguidance.LLMatcher:
+        if self._tokenizer is None:
+            self._tokenizer = llguidance.hf.from_tokenizer(
+                self._words.tokenizer._tokenizer,  # noqa: SLF001  # the wrapper has no name for what it wraps
+                eos_token=sorted(self._words.language.end_tokens),
+            )
+        try:
+            matcher = llguidance.LLMatcher(self._tokenizer, _grammar(kind, text), log_level=0)
+        except ValueError as error:
+            raise _malformed(kind, str(error)) from error
+        if matcher.is_error():
+            raise _malformed(kind, matcher.get_error())
+        warnings = matcher.get_grammar_warnings()
+        if warnings:
+            raise CapabilityUnsupported(
+                f"part of the output format cannot be enforced: {printable(warnings[0])[:200]}",
+                metadata={"field": f"output_format.{kind}"},
+            )
+        return matcher
+
+
+def _grammar(kind: str, text: str) -> str:
+    grammar: str
+    options = {"whitespace_flexible": True, "whitespace_pattern": WHITESPACE}
+    if kind == "json_schema":
+        grammar = llguidance.LLMatcher.grammar_from_json_schema(text, overrides=options)
+    elif kind == "any_json":
+        grammar = llguidance.LLMatcher.grammar_from_json_schema("{}", overrides=options)
+    elif kind == "regex":
+        grammar = llguidance.LLMatcher.grammar_from_regex(text)
+    else:
+        grammar = llguidance.LLMatcher.grammar_from_lark(text)
+    return grammar
+
+
+def _malformed(kind: str, error: str) -> InvalidRequest:
+    reason = printable(error.strip().splitlines()[0] if error.strip() else "it cannot be compiled")[:200]
+    return InvalidRequest(
+        f"output_format.{kind} cannot be compiled: {reason}",
+        violations=[(f"output_format.{kind}", reason)],
+    )

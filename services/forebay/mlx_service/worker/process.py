@@ -1,0 +1,210 @@
+"""The worker as a process: it loads one model, serves it, and ends cleanly whatever happens around it.
+
+It ends on SIGTERM and SIGINT, when its standard input is a pipe that closes,
+and when its parent is gone. Whoever starts a worker holds the other end of its
+standard input, so a parent that dies, however suddenly, leaves no orphan.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import contextlib
+import logging
+import os
+import stat
+import sys
+from collections.abc import AsyncIterator, Sequence
+from pathlib import Path
+from typing import cast
+
+from forebay.kit import logs, process, telemetry
+from forebay.kit.config import ConfigError, ServerSettings, load
+from forebay.kit.failure import ModelLoadFailed, printable
+from forebay.kit.logs import LogSettings
+from forebay.kit.server import Serving, StartError, serving
+from forebay.kit.telemetry import Telemetry, TelemetrySettings
+from forebay.mlx_service.models.describe import NotAModelError, describe
+from forebay.mlx_service.worker.engine import Engine
+from forebay.mlx_service.worker.grammar import Grammars
+from forebay.mlx_service.worker.load import load_weights
+from forebay.mlx_service.worker.runtime import leave_thread
+from forebay.mlx_service.worker.service import Served, WorkerService
+from forebay.mlx_service.worker.words import Words
+
+log = logging.getLogger(__name__)
+
+SERVICE = "mlx-worker"
+"""Name of the process in the line that says where it listens."""
+
+EX_LOAD = 3
+"""Exit code of a worker whose model could not be loaded. The last line on stderr says why."""
+
+DEFAULT_CONTEXT = 32768
+"""Context of a model that does not say its own. Long enough for chats, and its cache fits a laptop."""
+
+STOP_SECONDS = 10.0
+"""How long the engine may take to end. A step takes seconds at most; longer is stuck in the driver."""
+
+WATCH_SECONDS = 0.5
+"""Time between two looks at the engine and at the parent."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs a worker and returns its exit code.
+
+    Args:
+        argv: the command line without the program's name; None takes the process's own.
+    """
+    options = _parse(argv)
+    if _is_pipe(sys.stdin.fileno()):
+        os.environ[process.STDIN_VARIABLE] = "1"
+    try:
+        sections = load({"log": LogSettings, "telemetry": TelemetrySettings}, path=options.config)
+        settings = ServerSettings.model_validate({"address": options.address, "grace": options.grace})
+    except (ConfigError, ValueError) as error:
+        lines = error.lines if isinstance(error, ConfigError) else [str(error)]
+        return _complain("; ".join(lines), process.EX_USAGE)
+    logs.setup(cast("LogSettings", sections["log"]), service=SERVICE)
+    tracing = telemetry.setup("forebay-mlx", cast("TelemetrySettings", sections["telemetry"]))
+    try:
+        return asyncio.run(_serve(options, settings, tracing))
+    except StartError as error:
+        return _complain(str(error), process.EX_UNAVAILABLE)
+    except ModelLoadFailed as error:
+        return _complain(error.message, EX_LOAD)
+    finally:
+        tracing.shutdown()
+        leave_thread()
+
+
+async def _serve(options: argparse.Namespace, settings: ServerSettings, tracing: Telemetry) -> int:
+    path: Path = options.model
+    try:
+        facts = describe(path)
+    except NotAModelError as error:
+        raise ModelLoadFailed(str(error)) from error
+    words = Words(path)
+    engine = Engine(
+        lambda: (load_weights(path), words.language.end_tokens),
+        rows=options.max_rows,
+        queue_rows=options.queue,
+    )
+    served = Served(
+        model_id=options.model_id,
+        backend=options.name,
+        facts=facts,
+        context_token_count=_context(facts.context_token_count, options.context),
+        default_max_tokens=options.default_max_tokens,
+        rows=options.max_rows,
+    )
+    service = WorkerService(served, engine, words, Grammars(words))
+    async with process.stop_requests() as stopped:
+        async with serving(settings, inference=service, telemetry=tracing) as up:
+            process.announce(SERVICE, up.address)
+            async with _watching(stopped, options.parent_pid):
+                loading = asyncio.create_task(_load(words, engine))
+                await _first(loading, stopped)
+                if loading.done():
+                    loading.result()
+                    log.info("%s is loaded: %s", served.model_id, engine.stats())
+                    await up.set_ready(True, "the model is loaded")
+                    await _serve_until(stopped, up, engine, options.stall_limit)
+                is_loaded = loading.done()
+                loading.cancel()
+        words.close()
+        return await _end(engine, is_loaded=is_loaded, is_asked=stopped.is_set())
+
+
+async def _load(words: Words, engine: Engine) -> None:
+    await words.load()
+    await engine.start()
+
+
+async def _serve_until(stopped: asyncio.Event, up: Serving, engine: Engine, stall_limit: float) -> None:
+    """Serves until a stop is asked for or the engine ends. While a step takes too long, health says so."""
+    is_moving = True
+    while not stopped.is_set() and not engine.has_ended:
+        moves = engine.stats().last_step_age < stall_limit
+        if moves is not is_moving:
+            is_moving = moves
+            await up.set_ready(moves, "" if moves else f"a step takes longer than {stall_limit:g} s")
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(WATCH_SECONDS):
+                await stopped.wait()
+
+
+async def _end(engine: Engine, *, is_loaded: bool, is_asked: bool) -> int:
+    try:
+        await engine.stop(timeout=STOP_SECONDS)
+    except TimeoutError:
+        # The thread is in the driver or in the middle of a load, and no Python can get it out. Leaving it to
+        # the interpreter's exit would abort; there is nothing left here that needs an orderly one.
+        log.error("the engine did not end within %g s", STOP_SECONDS)
+        logging.shutdown()
+        os._exit(process.EX_SOFTWARE if is_loaded else 0)
+    return 0 if is_asked else process.EX_SOFTWARE
+
+
+@contextlib.asynccontextmanager
+async def _watching(stopped: asyncio.Event, parent: int | None) -> AsyncIterator[None]:
+    """Sets `stopped` when the parent is gone, as long as the block runs."""
+    async with asyncio.TaskGroup() as tasks:
+        watch = tasks.create_task(_watch_parent(stopped, parent))
+        try:
+            yield
+        finally:
+            watch.cancel()
+
+
+async def _watch_parent(stopped: asyncio.Event, parent: int | None) -> None:
+    while parent is not None and not stopped.is_set():
+        if os.getppid() != parent:
+            stopped.set()
+        await asyncio.sleep(WATCH_SECONDS)
+
+
+async def _first(task: asyncio.Task[None], stopped: asyncio.Event) -> None:
+    waiting = asyncio.create_task(stopped.wait())
+    await asyncio.wait((task, waiting), return_when=asyncio.FIRST_COMPLETED)
+    waiting.cancel()
+
+
+def _context(made_for: int, wanted: int | None) -> int:
+    """The context to serve: what is wanted, but never more than the model was made for."""
+    most = made_for or wanted or DEFAULT_CONTEXT
+    return min(most, wanted) if wanted else most
+
+
+def _is_pipe(descriptor: int) -> bool:
+    mode = os.fstat(descriptor).st_mode
+    return stat.S_ISFIFO(mode) or stat.S_ISSOCK(mode)
+
+
+def _complain(text: str, code: int) -> int:
+    print(f"forebay {SERVICE}: {printable(text)}", file=sys.stderr, flush=True)  # noqa: T201 - the front reads it
+    return code
+
+
+def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog=f"forebay-{SERVICE}", description="Loads one model and serves it.")
+    parser.add_argument("--model", type=Path, required=True, help="the model's folder")
+    parser.add_argument("--model-id", required=True, help="name under which it is asked for")
+    parser.add_argument("--address", required=True, help="where to listen, such as unix:/path/to.sock")
+    parser.add_argument("--name", default="mlx", help="name of the backend in answers")
+    parser.add_argument("--max-rows", type=int, default=8, help="most requests served at once")
+    parser.add_argument("--queue", type=int, default=64, help="most requests that wait for their turn")
+    parser.add_argument("--context", type=int, help="most tokens of prompt and reply together")
+    parser.add_argument(
+        "--default-max-tokens", type=int, default=4096, help="most tokens of a reply that sets no limit"
+    )
+    parser.add_argument("--parent-pid", type=int, help="process whose end ends this one")
+    parser.add_argument("--config", type=Path, help="configuration file, for [log] and [telemetry]")
+    parser.add_argument("--grace", type=float, default=30.0, help="seconds that calls may go on after a stop")
+    parser.add_argument(
+        "--stall-limit",
+        type=float,
+        default=60.0,
+        help="seconds of one step after which health is NOT_SERVING",
+    )
+    return parser.parse_args(argv)

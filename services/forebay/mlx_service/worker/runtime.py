@@ -1,0 +1,56 @@
+"""Imports mlx and mlx-lm for the worker, and undoes what importing them does.
+
+Everything of mlx that the worker uses comes through here, so that the
+precautions are taken before the first import whichever module comes first.
+"""
+
+from __future__ import annotations
+
+import os
+import resource
+
+# Models are folders on this disk. A name that looks like a repository must fail, not be downloaded.
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["TRANSFORMERS_OFFLINE"] = "1"
+# transformers prints advice on stderr, of which the front reads the last lines to say why a worker failed.
+os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+
+def _keep_limit(kind: int, limits: tuple[int, int]) -> None:
+    """Stands in for `setrlimit`, which mlx-lm calls to lower the limit of open files for good."""
+
+
+_setrlimit = resource.setrlimit
+resource.setrlimit = _keep_limit
+try:
+    import mlx.core as mx
+    import mlx_lm.generate
+    from mlx_lm.generate import BatchGenerator, StopSequences
+    from mlx_lm.tokenizer_utils import TokenizerWrapper
+    from mlx_lm.utils import load_config, load_model, load_tokenizer
+finally:
+    resource.setrlimit = _setrlimit
+
+# `BatchGenerator` wires the model's memory when it is made. Wired memory and more than one request
+# together have panicked macOS kernels; unwired memory has not, and costs nothing measurable.
+mlx_lm.generate.maybe_set_recommended_wired_limit = lambda: None
+
+
+def leave_thread() -> None:
+    """Gives back what this thread holds of mlx. Without this the interpreter aborts at exit."""
+    mx.synchronize()
+    mx.clear_streams()
+
+
+__all__ = [
+    "BatchGenerator",
+    "StopSequences",
+    "TokenizerWrapper",
+    "leave_thread",
+    "load_config",
+    "load_model",
+    "load_tokenizer",
+    "mx",
+]

@@ -1,0 +1,84 @@
+"""A worker without mlx: it takes a worker's command line and serves a scripted engine.
+
+What it does is told by `behaviour.json` in the model's folder: `exit` and `say`
+end it at once; `exit_after` ends it once it has served for so many seconds;
+`script` is how its model behaves; `ready_delay` is how long loading takes;
+`stubborn` makes it deaf to SIGTERM; `raw` keeps gaps in its events' numbers.
+A line is added to `starts` in that folder at each start, and to `journal` at
+each change of a call.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import os
+import signal
+import sys
+from pathlib import Path
+
+from forebay.kit import process
+from forebay.kit.config import ServerSettings
+from forebay.kit.server import serving
+from forebay.testing.script import Script, ScriptedModel
+from forebay.testing.scripted import ScriptedEngine, raw
+
+
+async def serve(arguments: argparse.Namespace, behaviour: dict) -> None:
+    with (arguments.model / "journal").open("a", buffering=1) as journal:
+        model = ScriptedModel(
+            name=arguments.model_id,
+            script=Script().changed(behaviour.get("script", {})),
+            context_token_count=arguments.context or 4096,
+        )
+        engine = ScriptedEngine(
+            name=arguments.name,
+            models=[model],
+            slots=arguments.max_rows,
+            numbered=behaviour.get("raw", False),
+            on_change=lambda record: print(record.to_json(), file=journal),
+        )
+        settings = ServerSettings.model_validate({"address": arguments.address, "grace": "0s"})
+        async with (
+            process.stop_requests() as stopped,
+            serving(
+                settings,
+                inference=None if behaviour.get("raw") else engine,
+                more=[raw(engine)] if behaviour.get("raw") else [],
+            ) as up,
+        ):
+            if behaviour.get("stubborn"):
+                asyncio.get_running_loop().remove_signal_handler(signal.SIGTERM)
+                signal.signal(signal.SIGTERM, signal.SIG_IGN)
+            process.announce("mlx-worker", up.address)
+            await asyncio.sleep(behaviour.get("ready_delay", 0.0))
+            await up.set_ready(True)
+            if "exit_after" in behaviour:
+                asyncio.get_running_loop().call_later(behaviour["exit_after"], os.abort)
+            await stopped.wait()
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--model", type=Path, required=True)
+    parser.add_argument("--model-id", required=True)
+    parser.add_argument("--address", required=True)
+    parser.add_argument("--name", required=True)
+    parser.add_argument("--max-rows", type=int, default=8)
+    parser.add_argument("--context", type=int)
+    parser.add_argument("--default-max-tokens", type=int)
+    arguments = parser.parse_args()
+    with (arguments.model / "starts").open("a") as starts:
+        starts.write(f"{os.getpid()}\n")
+    path = arguments.model / "behaviour.json"
+    behaviour = json.loads(path.read_text()) if path.exists() else {}
+    if "exit" in behaviour:
+        print(behaviour.get("say", ""), file=sys.stderr, flush=True)
+        return behaviour["exit"]
+    asyncio.run(serve(arguments, behaviour))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,32 @@
+"""The pages tell the truth about the code."""
+
+from __future__ import annotations
+
+import re
+
+import docs
+import pytest
+
+PAGES = [docs.ROOT / "README.md", docs.ROOT / "CONTRIBUTING.md", *sorted((docs.ROOT / "docs").glob("*.md"))]
+
+
+@pytest.mark.parametrize("table", docs.TABLES)
+def test_a_table_is_what_the_code_says(table: str) -> None:
+    path, old, new = docs.fill(table)
+    assert old == new, f"{path.name} is out of date: run `python tests/docs.py`"
+    assert f"<!-- table:{table} -->" in old
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_every_link_to_a_file_leads_somewhere(page: object) -> None:
+    path = docs.ROOT / str(page)
+    for target in re.findall(r"\]\(([^)#:\s]+)(?:#[^)]*)?\)", path.read_text()):
+        assert (path.parent / target).exists(), f"{path.name} links to {target}"
+
+
+def test_every_make_target_in_the_pages_exists() -> None:
+    targets = set(re.findall(r"^([a-z0-9 -]+):(?!=)", (docs.ROOT / "Makefile").read_text(), re.MULTILINE))
+    names = {name for line in targets for name in line.split()}
+    for page in PAGES:
+        for name in re.findall(r"(?:^|`)make ([a-z-]+)", page.read_text(), re.MULTILINE):
+            assert name in names, f"{page.name} names make {name}"
