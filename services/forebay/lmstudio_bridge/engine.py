@@ -12,7 +12,14 @@ from types import TracebackType
 
 from forebay.inference.v1 import inference_pb2 as pb
 from forebay.kit.engine import SendLoad, SendPull
-from forebay.kit.failure import CapabilityUnsupported, Failure, ModelNotFound, WrongModel
+from forebay.kit.failure import (
+    BackendUnavailable,
+    CapabilityUnsupported,
+    Failure,
+    ModelNotFound,
+    StreamInterrupted,
+    WrongModel,
+)
 from forebay.kit.pipeline import Call, Send
 from forebay.lmstudio_bridge import native, translate
 from forebay.lmstudio_bridge.client import LmStudioClient
@@ -176,7 +183,9 @@ class LmStudioEngine:
     ) -> tuple[dict[str, object], bool]:
         """Returns the body of a request upstream, and whether it is for the native chat."""
         if self._settings.native_chat and self._client.dialect is Dialect.NATIVE:
-            body = native.chat_body(request, entry=entry, model=model, options=options)
+            body = native.chat_body(
+                request, entry=entry, model=model, options=options, item=self._client.item
+            )
             if body is not None:
                 return body, True
         jit = self._client.dialect is not Dialect.NATIVE
@@ -216,7 +225,7 @@ class LmStudioEngine:
                 flight = await take_off(
                     self._tasks,
                     held.pop_all(),
-                    lambda: self._client.chat(body, native=is_native),
+                    lambda: self._client.native_chat(body) if is_native else self._client.chat(body),
                     patient=self._settings.greeting,
                 )
                 async with flight as events:
@@ -228,6 +237,10 @@ class LmStudioEngine:
                 raise to_failure(
                     error, backend=self._name, model=request.model, started=telling.first is not None
                 ) from error
+            except StreamInterrupted as error:
+                if telling.first is not None:
+                    raise
+                raise BackendUnavailable(error.message, metadata=error.metadata) from error
         deltas, finished = reply.finish()
         await self._tell(telling, reply, deltas)
         await self._start(telling, reply, None)
@@ -416,7 +429,7 @@ class LmStudioEngine:
             context_token_count=entry.max_context_length,
             memory_bytes=entry.size_bytes,
             loaded_context_token_count=entry.context_length,
-            slot_count=memory.admission(entry).slots,
+            slot_count=memory.admission(entry).slots if entry.instances else self._settings.slots,
             capabilities=entry.capabilities(
                 reports_logprobs=self._reports_logprobs if entry.kind == "llm" else None
             ),
@@ -451,5 +464,5 @@ def wrong_model(backend: str, *, asked: str, said: str) -> WrongModel:
     )
 
 
-def _progress(stage: pb.Progress.Stage) -> pb.GenerateResponse:
+def _progress(stage: pb.Progress.Stage.ValueType) -> pb.GenerateResponse:
     return pb.GenerateResponse(progress=pb.Progress(stage=stage))

@@ -118,7 +118,7 @@ class Memory:
     async def _list(self, report: Callable[[None], None]) -> tuple[Entry, ...]:
         del report
         began = asyncio.get_running_loop().time()
-        self._entries = await self._client.list()
+        self._entries = await self._client.models()
         self._listed_at = began
         return self._entries
 

@@ -25,6 +25,9 @@ _SAMPLING: Final = {
     "min_p": "min_p",
     "repetition_penalty": "repeat_penalty",
 }
+OTHER_ITEM: Final = {"text": "message", "message": "text"}
+"""The type of text items that the other versions know."""
+
 _STAGES: Final = {
     "model_load": pb.Progress.STAGE_LOADING,
     "prompt_processing": pb.Progress.STAGE_PREFILLING,
@@ -32,7 +35,7 @@ _STAGES: Final = {
 
 
 def chat_body(
-    request: pb.GenerateRequest, *, entry: Entry, model: str, options: Options, item: str = "text"
+    request: pb.GenerateRequest, *, entry: Entry, model: str, options: Options, item: str
 ) -> dict[str, object] | None:
     """Returns the body for the native chat, or None if the request needs more than that has.
 
@@ -67,8 +70,7 @@ def with_items(body: dict[str, object], item: str) -> dict[str, object]:
     """Returns a body whose text items have another type."""
     items = body["input"]
     assert isinstance(items, list)
-    changed = [one if one["type"] == "image" else {"type": item, "content": one["content"]} for one in items]
-    return {**body, "input": changed}
+    return {**body, "input": [one if one["type"] == "image" else {**one, "type": item} for one in items]}
 
 
 def refuses_items(error: UpstreamError) -> bool:

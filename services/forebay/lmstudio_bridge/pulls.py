@@ -17,8 +17,8 @@ from forebay.models.v1 import models_pb2 as models_pb
 from forebay.upstream.singleflight import SingleFlight
 from forebay.upstream.tasks import OwnedTasks
 
-# A name of LM Studio's catalogue, or an address at the one other place it fetches from. Nothing else is passed
-# on: LM Studio would fetch it with its own rights.
+# A name of LM Studio's catalogue, or an address at the one other place it fetches from. Nothing else is
+# passed on: LM Studio would fetch it with its own rights.
 _NAME: Final = re.compile(
     r"(?:https://huggingface\.co/)?[A-Za-z0-9][A-Za-z0-9_.@:+-]*(?:/[A-Za-z0-9][A-Za-z0-9_.@:+-]*){0,5}"
 )

@@ -25,8 +25,8 @@ _BROKEN: Final = {
 }
 
 _BYTES_PER_TOKEN: Final = 6
-"""Bytes of prompt that a token takes at the most, over a whole prompt: English text has about 4, code and other
-languages fewer. A prompt that is too long even so surely does not fit."""
+"""Bytes of prompt that a token takes at the most, over a whole prompt: English text has about 4, code and
+other languages fewer. A prompt that is too long even so surely does not fit."""
 
 
 class ChatReply:
@@ -104,8 +104,8 @@ class ChatReply:
         tokens = used or prompt_bytes(self._request) // _BYTES_PER_TOKEN
         if room and tokens >= room:
             raise ContextExceeded(
-                f"{self._backend} answered nothing, as it does when a prompt does not fit: the model is loaded "
-                f"with room for {room} tokens; shorten the prompt or load the model with more context",
+                f"{self._backend} answered nothing, as it does when a prompt does not fit: it has room "
+                f"for {room} tokens; shorten the prompt or load the model with more context",
                 metadata={
                     "backend": self._backend,
                     "context_token_count": str(room),

@@ -49,12 +49,12 @@ class Shortfalls:
         model: the model that is asked.
     """
 
-    def __init__(self, accepted: Sequence[pb.DegradationKind], *, backend: str, model: str) -> None:
+    def __init__(self, accepted: Sequence[pb.DegradationKind.ValueType], *, backend: str, model: str) -> None:
         self._accepted = frozenset(accepted)
         self._metadata = {"backend": backend, "model": model}
         self.found: list[pb.Degradation] = []
 
-    def add(self, kind: pb.DegradationKind, path: str, lacking: str, instead: str) -> None:
+    def add(self, kind: pb.DegradationKind.ValueType, path: str, lacking: str, instead: str) -> None:
         """Takes a shortfall.
 
         Args:
@@ -73,7 +73,7 @@ class Shortfalls:
             )
         self.found.append(pb.Degradation(kind=kind, field=path, detail=instead))
 
-    def note(self, kind: pb.DegradationKind, path: str, instead: str) -> None:
+    def note(self, kind: pb.DegradationKind.ValueType, path: str, instead: str) -> None:
         """Takes a shortfall that is no error, and is told to callers who accept its kind."""
         if kind in self._accepted and not any(one.field == path for one in self.found):
             self.found.append(pb.Degradation(kind=kind, field=path, detail=instead))
@@ -328,7 +328,7 @@ def sampling(wanted: pb.Sampling, shortfalls: Shortfalls) -> dict[str, object]:
 
 def plain(value: float) -> float:
     """Returns a number as it was written: a float32 of 0.7 is 0.7 and not 0.699999988."""
-    return float(f"{value:.7g}") if isinstance(value, float) else value
+    return value if isinstance(value, int) else float(f"{value:.7g}")
 
 
 def _limits(limits: pb.GenerationLimits) -> dict[str, object]:
@@ -361,20 +361,14 @@ def _tools(request: pb.GenerateRequest, entry: Entry, shortfalls: Shortfalls) ->
             found["tool_choice"] = "required"
     elif choice.mode == pb.ToolChoice.MODE_NONE:
         found["tool_choice"] = "none"
-    found["tools"] = [
-        {
-            "type": "function",
-            "function": {
-                "name": tool.name,
-                "description": tool.description,
-                "parameters": _schema(tool.parameters_json_schema)
-                if tool.parameters_json_schema
-                else {"type": "object", "properties": {}},
-            },
-        }
-        for tool in tools
-    ]
+    found["tools"] = [{"type": "function", "function": _function(tool)} for tool in tools]
     return found
+
+
+def _function(tool: pb.Tool) -> dict[str, object]:
+    nothing: JsonObject = {"type": "object", "properties": {}}
+    parameters = _schema(tool.parameters_json_schema) if tool.parameters_json_schema else nothing
+    return {"name": tool.name, "description": tool.description, "parameters": parameters}
 
 
 def _output_format(wanted: pb.OutputFormat, shortfalls: Shortfalls) -> dict[str, object]:
@@ -398,7 +392,9 @@ def _json_format(schema: JsonValue) -> dict[str, object]:
     return {"response_format": {"type": "json_schema", "json_schema": shape}}
 
 
-def _reasoning(effort: pb.ReasoningEffort, entry: Entry, shortfalls: Shortfalls) -> dict[str, object]:
+def _reasoning(
+    effort: pb.ReasoningEffort.ValueType, entry: Entry, shortfalls: Shortfalls
+) -> dict[str, object]:
     word = _EFFORTS.get(effort)
     if word is None:
         return {}
