@@ -185,5 +185,5 @@ def chunk(
 async def until(condition: Callable[[], object], *, seconds: float = 5.0) -> None:
     """Returns when a condition holds, which it must soon."""
     async with asyncio.timeout(seconds):
-        while not condition():  # noqa: ASYNC110 - other processes and sockets have no event for us
+        while not condition():
             await asyncio.sleep(0.002)

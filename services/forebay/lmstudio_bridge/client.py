@@ -335,10 +335,11 @@ class LmStudioClient:
             value = await self._upstream.post_json("/v1/embeddings", json=body, timeout=timeout)
         reply = obj(value)
         vectors: dict[int, list[float]] = {}
-        for position, entry in enumerate(array(reply.get("data"))):
+        data = array(reply.get("data"))
+        for position, entry in enumerate(data):
             one = obj(entry)
             vectors[integer(one, "index", position)] = self._vector(one.get("embedding"))
-        if sorted(vectors) != list(range(len(texts))):
+        if len(data) != len(texts) or sorted(vectors) != list(range(len(texts))):
             raise self._misshapen()
         usage = obj(reply.get("usage"))
         batch = Batch(

@@ -233,6 +233,7 @@ class LmStudioEngine:
                         await self._tell(telling, reply, reply.feed(event))
                         if reply.done:
                             break
+                deltas, finished = reply.finish()
             except UpstreamError as error:
                 raise to_failure(
                     error, backend=self._name, model=request.model, started=telling.first is not None
@@ -241,7 +242,6 @@ class LmStudioEngine:
                 if telling.first is not None:
                     raise
                 raise BackendUnavailable(error.message, metadata=error.metadata) from error
-        deltas, finished = reply.finish()
         await self._tell(telling, reply, deltas)
         await self._start(telling, reply, None)
         self._time(telling, finished)

@@ -58,20 +58,26 @@ async def take_off(tasks: OwnedTasks, held: AsyncExitStack, opening: Open, *, pa
         Failure: it did not answer.
     """
     landed: asyncio.Future[Flight] = asyncio.get_running_loop().create_future()
-    task = tasks.create_task(_open(held, opening, landed))
+    begun = asyncio.Event()
+    task = tasks.create_task(_open(held, opening, landed, begun))
     try:
         return await asyncio.shield(landed)
     except asyncio.CancelledError:
-        if not patient:
+        if not patient or not begun.is_set():
             task.cancel()
-        if not landed.done():
+        if not begun.is_set():
+            await held.aclose()  # a task that is cancelled before its first step closes nothing
+        elif not landed.done():
             landed.cancel()
-        elif not landed.cancelled() and landed.exception() is None:
+        elif landed.exception() is None:
             await landed.result().held.aclose()
         raise
 
 
-async def _open(held: AsyncExitStack, opening: Open, landed: asyncio.Future[Flight]) -> None:
+async def _open(
+    held: AsyncExitStack, opening: Open, landed: asyncio.Future[Flight], begun: asyncio.Event
+) -> None:
+    begun.set()
     try:
         events = await held.enter_async_context(opening())
         first = await anext(events, None)
