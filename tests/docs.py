@@ -30,7 +30,9 @@ def failures() -> str:
     for kind in classes:
         first_line = (kind.__doc__ or "").strip().splitlines()[0]
         elsewhere = "yes" if kind.elsewhere else ""
-        lines.append(f"| {kind.reason} | {kind.code.name} | {kind.fault.value} | {elsewhere} | {first_line} |")
+        lines.append(
+            f"| {kind.reason} | {kind.code.name} | {kind.fault.value} | {elsewhere} | {first_line} |"
+        )
     return "\n".join(lines)
 
 

@@ -29,11 +29,8 @@ HEADS = 4
 
 def byte_alphabet() -> dict[int, str]:
     """Returns the printable stand-in of every byte in byte-level vocabularies."""
-    printable = [
-        *range(ord("!"), ord("~") + 1),
-        *range(ord("¡"), ord("¬") + 1),
-        *range(ord("®"), ord("ÿ") + 1),
-    ]
+    ranges = (("!", "~"), ("¡", "¬"), ("®", "ÿ"))
+    printable = [b for first, last in ranges for b in range(ord(first), ord(last) + 1)]
     alphabet = {b: chr(b) for b in printable}
     others = (b for b in range(256) if b not in alphabet)
     return alphabet | {b: chr(256 + i) for i, b in enumerate(others)}
