@@ -19,7 +19,8 @@ BOS = "<|im_start|>"
 EOS = "<|im_end|>"
 CHAT_TEMPLATE = (
     "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] "
-    "+ '<|im_end|>' + '\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+    "+ '<|im_end|>' + '\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
 MERGES = ("t h", "th e", "i n", "e r", "a n", "o n", "Ġ t", "Ġ a", "Ġt h", "Ġth e", "a t", "e s", "o r")
 CONTEXT = 2048
@@ -75,7 +76,7 @@ def build_scripted(
     ids = dict(vocab)
     added = [BOS, EOS, *markers]
     ids.update({token: len(vocab) + i for i, token in enumerate(added)})
-    hidden = 512  # random directions of 512 components are nearly orthogonal: the script is never left
+    hidden = 256  # random directions of 256 components are nearly orthogonal: the script is never left
     random = np.random.default_rng(7)
     size = len(ids)
     embed = random.normal(0, 1.0, (size, hidden)).astype(np.float32)

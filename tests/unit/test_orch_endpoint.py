@@ -311,5 +311,3 @@ async def test_a_unary_call_has_one_answer() -> None:
     engine = Engine(fleet=None, service=_two, default_model="m")  # type: ignore[arg-type]  # not asked
     with pytest.raises(BrokenStream):
         await engine.embed(Call(request=pb.EmbedRequest()))
-
-
