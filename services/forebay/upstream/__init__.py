@@ -1,0 +1,1 @@
+"""What the bridges share: an HTTP client that cannot surprise, framing, errors, admission, embeddings."""
