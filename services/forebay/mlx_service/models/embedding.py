@@ -134,18 +134,17 @@ def read_recipe(path: Path, config: Mapping[str, object]) -> Recipe:
 
 
 def capabilities(*, probed: bool) -> list[pb.CapabilityReport]:
-    """Returns what an embedding model can do: embed texts and count their tokens."""
+    """Returns what an embedding model can do: embed texts and count their tokens.
+
+    Args:
+        probed: whether it is loaded.
+    """
     can = {pb.CAPABILITY_EMBED, pb.CAPABILITY_COUNT_TOKENS}
+    yes, no = pb.CapabilityReport.SUPPORT_YES, pb.CapabilityReport.SUPPORT_NO
     return [
-        pb.CapabilityReport(
-            capability=capability,
-            support=(
-                pb.CapabilityReport.SUPPORT_YES if capability in can else pb.CapabilityReport.SUPPORT_NO
-            ),
-            probed=probed,
-        )
-        for capability in pb.Capability.values()
-        if capability != pb.CAPABILITY_UNSPECIFIED
+        pb.CapabilityReport(capability=each, support=yes if each in can else no, probed=probed)
+        for each in pb.Capability.values()
+        if each != pb.CAPABILITY_UNSPECIFIED
     ]
 
 
