@@ -1,4 +1,4 @@
-"""Promises of `forebay.mlx_service.worker.embedding.batcher`: which texts go together, and whose turn it is."""
+"""Promises of the embedding batcher: which texts go together, and whose turn it is."""
 
 from __future__ import annotations
 

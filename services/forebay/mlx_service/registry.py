@@ -90,9 +90,7 @@ class Entry:
             if facts.recipe is not None:
                 model.capabilities.extend(capabilities(probed=False))
             else:  # more is known when its template and tokenizer were read
-                model.capabilities.add(
-                    capability=pb.CAPABILITY_EMBED, support=pb.CapabilityReport.SUPPORT_NO
-                )
+                model.capabilities.add(capability=pb.CAPABILITY_EMBED, support=pb.CapabilityReport.SUPPORT_NO)
         elif found := _QUANTIZATION.search(self.id):
             weights.quantization = found[1].upper()
         return model

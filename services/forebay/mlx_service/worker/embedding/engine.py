@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import gc
 import logging
+import os
 import queue
 import threading
 import time
@@ -33,8 +34,14 @@ BUDGETS = (512, 1024, 2048, 4096, 8192, 16384)
 BATCH_SECONDS = 0.25
 """How long a batch of short texts may take. Whoever comes next, or leaves, waits for it."""
 
-PROBE = (8, 64)
+PROBE = (4, 32)
 """Texts and tokens of the batch by which the device is measured."""
+
+MOST_LANES = 8
+"""Most parts of a batch that are computed at once. More leave too little for each."""
+
+LEAST_PART = 32
+"""Tokens that are worth a lane of their own."""
 
 QUEUE_TOKENS = 4_000_000
 """Tokens that may wait: 16 MB. They are minutes of work for a laptop."""
@@ -111,6 +118,7 @@ class EmbeddingEngine:
         longest: most tokens of a text.
         budget: tokens of a batch. None measures what the device can do.
         queue_tokens: tokens that may wait. A request that finds less waiting is taken whatever its size.
+        lanes: parts of a batch that are computed at once. None is one on a GPU, and one a core on a CPU.
     """
 
     def __init__(
@@ -120,11 +128,13 @@ class EmbeddingEngine:
         longest: int,
         budget: int | None = None,
         queue_tokens: int = QUEUE_TOKENS,
+        lanes: int | None = None,
     ) -> None:
         self._load = load
         self._longest = longest
         self._budget = budget
         self._queue_tokens = queue_tokens
+        self._lanes = lanes
         self._commands: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._run, name="mlx-embedding", daemon=True)
         self._loop: asyncio.AbstractEventLoop
@@ -139,6 +149,7 @@ class EmbeddingEngine:
         """Components of a vector; 0 until the model is loaded."""
         # On the engine's thread:
         self._embed: Callable[[Array, Array], Array]
+        self._streams: list[mx.Stream] = []
         self._batcher: Batcher[Job] = Batcher(budget or BUDGETS[0])
         self._stopped = False
         self._steps = 0
@@ -266,6 +277,9 @@ class EmbeddingEngine:
 
     def _start_model(self) -> None:
         self._embed = self._load()
+        lanes = self._lanes or _cores()
+        self._streams = [mx.default_stream(mx.default_device())]
+        self._streams += [mx.new_stream(mx.default_device()) for _ in range(lanes - 1)]
         self.dimensions = len(self._forward([pack([0])])[0])
         texts, tokens = PROBE
         tokens = min(tokens, self._longest)
@@ -349,19 +363,26 @@ class EmbeddingEngine:
         return [*self._run_batch(batch[:middle]), *self._run_batch(batch[middle:])]
 
     def _forward(self, texts: Sequence[bytes]) -> list[Vector]:
+        """Embeds texts. Those of like length are best next to each other."""
+        vectors: list[Array] = []
+        for stream, part in zip(self._streams, _parts(texts, len(self._streams)), strict=False):
+            with mx.stream(stream):
+                vectors.append(self._embed(*self._arrays(part)))
+        mx.eval(vectors)
+        if not all(mx.isfinite(part).all().item() for part in vectors):
+            raise ArithmeticError("a vector has a component that is no number")
+        return [vector for part in vectors for vector in part.tolist()]
+
+    def _arrays(self, texts: Sequence[bytes]) -> tuple[Array, Array]:
+        """Returns identifiers, padded on the right, and which of them are tokens."""
         longest = max(len(tokens) for tokens in texts) // 4
         width = min(padded(longest), max(longest, self._longest))
         rows = b"".join(tokens.ljust(4 * width, b"\0") for tokens in texts)
         buffer: Array = memoryview(rows).cast(
             "i", [len(texts), width]
         )  # mlx takes buffers and does not say so
-        ids = mx.array(buffer)
         lengths = mx.array([len(tokens) // 4 for tokens in texts])
-        vectors = self._embed(ids, mx.arange(width)[None] < lengths[:, None])
-        if not mx.isfinite(vectors).all().item():
-            raise ArithmeticError("a vector has a component that is no number")
-        result: list[Vector] = vectors.tolist()
-        return result
+        return mx.array(buffer), mx.arange(width)[None] < lengths[:, None]
 
     def _post(self, call: Callable[..., None], *arguments: object) -> None:
         try:
@@ -376,12 +397,35 @@ class EmbeddingEngine:
             failure = BackendError(f"this model's engine failed: {type(error).__name__}")
         if hasattr(self, "_embed"):
             del self._embed
+        self._streams.clear()
         self._post(self._finish, self._loaded, error)
         gc.collect()
         mx.clear_cache()
         leave_thread()
         self._post(self._finish, self._ended, None)
         self._post(self._fail_all, failure)
+
+
+def _cores() -> int:
+    """Returns how many parts of a batch can be computed at once: on a CPU mlx uses a core for each stream."""
+    if mx.default_device().type != mx.DeviceType.cpu:
+        return 1
+    return min(os.cpu_count() or 1, MOST_LANES)
+
+
+def _parts(texts: Sequence[bytes], lanes: int) -> list[Sequence[bytes]]:
+    """Cuts a batch into neighbouring parts of about the same number of tokens, at most one a lane."""
+    share = max(_tokens(texts) / lanes, LEAST_PART)
+    parts: list[Sequence[bytes]] = []
+    begin = total = 0
+    for index, tokens in enumerate(texts):
+        total += len(tokens) // 4
+        if total >= share * (len(parts) + 1) and len(parts) < lanes - 1:
+            parts.append(texts[begin : index + 1])
+            begin = index + 1
+    if begin < len(texts):
+        parts.append(texts[begin:])
+    return parts
 
 
 def pack(tokens: Sequence[int]) -> bytes:
