@@ -1,3 +1,4 @@
+# ruff: noqa: E501 - servers write long lines
 """What servers do on the wire, played byte by byte, and what the OpenAI bridge makes of it."""
 
 from __future__ import annotations
