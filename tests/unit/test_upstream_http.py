@@ -216,6 +216,10 @@ async def test_reads_share_a_connection_and_others_have_their_own() -> None:
         for _ in range(3):
             await client.post_json("/a", json={})
         assert server.connections == 4
+    async with raw(http(b"{}"), keep=True) as server, upstream(server.url, keepalive=0) as client:
+        for _ in range(3):
+            await client.get_json("/a")
+        assert server.connections == 3
 
 
 async def test_a_hundred_streams_do_not_stand_before_a_read() -> None:
