@@ -13,7 +13,7 @@ from typing import get_args
 
 from forebay.cli.settings import settings_types
 from forebay.kit.config import SECTIONS, Settings
-from forebay.kit.failure import Failure
+from forebay.kit.failure import Failure, Internal
 
 ROOT = Path(__file__).parent.parent
 
@@ -25,7 +25,8 @@ def failures() -> str:
     pending = list(Failure.__subclasses__())
     while pending:
         kind = pending.pop(0)
-        classes.append(kind)
+        if "reason" in vars(kind) or kind is Internal:  # a package's own subclasses only say more
+            classes.append(kind)
         pending.extend(kind.__subclasses__())
     for kind in classes:
         first_line = (kind.__doc__ or "").strip().splitlines()[0]

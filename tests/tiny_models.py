@@ -38,15 +38,32 @@ def byte_alphabet() -> dict[int, str]:
 
 
 def build_random(
-    path: Path, *, seed: int = 0, hidden: int = 64, layers: int = LAYERS, context: int = CONTEXT
+    path: Path,
+    *,
+    seed: int = 0,
+    hidden: int = 64,
+    layers: int = LAYERS,
+    context: int = CONTEXT,
+    plain: bool = False,
 ) -> Path:
-    """Writes a model with random weights into `path` and returns it."""
+    """Writes a model with random weights into `path` and returns it.
+
+    Args:
+        plain: whether greedy replies are of capitals and digits alone, so that their text can be cut anywhere
+            and gives the same tokens again. Such replies never end by themselves.
+    """
     vocab = _vocab(())
     random = np.random.default_rng(seed)
     size = len(vocab) + 2
     tensors = _blocks(random, hidden, layers, scale=0.3)
     tensors["model.embed_tokens.weight"] = random.normal(0, 1.0, (size, hidden)).astype(np.float32)
-    tensors["lm_head.weight"] = random.normal(0, 0.5, (size, hidden)).astype(np.float32)
+    tensors["lm_head.weight"] = head = random.normal(0, 0.5, (size, hidden)).astype(np.float32)
+    if plain:
+        likely = [vocab[char] for char in "ABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789"]
+        for token in set(range(size)) - set(likely):
+            head[token] = (
+                head[likely[token % len(likely)]] / 2
+            )  # less than its model wherever that is likeliest
     return _write(path, vocab, tensors, hidden, layers, context, (), CHAT_TEMPLATE)
 
 

@@ -23,6 +23,8 @@ from forebay.inference.v1 import inference_pb2_grpc
 
 pytestmark = pytest.mark.mlx
 
+pytest.importorskip("mlx.core", reason="MLX has no build for this machine")
+
 SECONDS = 40.0
 
 

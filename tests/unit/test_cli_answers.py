@@ -9,8 +9,8 @@ from datetime import timedelta
 from pathlib import Path
 
 import pytest
-from cli_kit import FakeMesh, model, reply
 
+from cli_kit import FakeMesh, model, reply
 from forebay.cli import chat
 from forebay.cli.app import main
 from forebay.cli.problems import ExitCode, unreachable

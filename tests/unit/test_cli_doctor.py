@@ -15,8 +15,8 @@ from types import SimpleNamespace
 import aiohttp
 import pytest
 from aiohttp import web
-from cli_kit import FakeMesh, backend
 
+from cli_kit import FakeMesh, backend
 from forebay.cli import app, doctor
 from forebay.cli.app import main
 from forebay.cli.doctor import Grade

@@ -8,8 +8,8 @@ import sys
 from datetime import timedelta
 
 import pytest
-from cli_kit import FakeMesh, backend, model
 
+from cli_kit import FakeMesh, backend, model
 from forebay.cli import explain, models, status
 from forebay.cli.app import main
 from forebay.cli.problems import ExitCode

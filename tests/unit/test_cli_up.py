@@ -30,7 +30,7 @@ def empty_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path
     monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path / "config"))
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.setenv("FOREBAY_CACHE_DIR", str(tmp_path / "cache"))
-    yield tmp_path
+    return tmp_path
 
 
 def write(text: str) -> Path:

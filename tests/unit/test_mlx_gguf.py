@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import struct
 from pathlib import Path
 
@@ -12,6 +11,8 @@ import numpy as np
 import pytest
 
 import tiny_models
+from forebay.mlx_service.default_model import DEFAULT_MODEL
+from forebay.mlx_service.fetch import default_cache_dir
 from forebay.mlx_service.models.describe import describe
 from forebay.mlx_service.models.gguf_file import GgufError, read_head
 from forebay.mlx_service.models.gguf_import import convert, main
@@ -239,10 +240,10 @@ def test_a_file_that_is_not_there_is_said(tmp_path: Path) -> None:
 
 @pytest.mark.model
 async def test_the_default_model_knows_the_capital_of_france(tmp_path: Path) -> None:
-    source = os.environ.get("FOREBAY_DEFAULT_GGUF")
-    if not source:
-        pytest.skip("set FOREBAY_DEFAULT_GGUF to the default model's GGUF file")
-    convert(Path(source), tmp_path / "smol")
+    source = DEFAULT_MODEL.gguf(default_cache_dir())
+    if not source.exists():
+        pytest.skip("fetch it once: python -m forebay.mlx_service.fetch --gguf")
+    convert(source, tmp_path / "smol")
     async with rig(tmp_path / "smol", prefill_step=None) as running:
         reply = await running.generate(ask("What is the capital of France?", most=10))
     assert "Paris" in reply.text

@@ -57,7 +57,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: the command line without the program's name; None takes the process's own.
     """
     options = _parse(argv)
-    if _is_pipe(sys.stdin.fileno()):
+    if _is_pipe(0):
         os.environ[process.STDIN_VARIABLE] = "1"
     try:
         sections = load({"log": LogSettings, "telemetry": TelemetrySettings}, path=options.config)
@@ -186,7 +186,10 @@ def _context(made_for: int, wanted: int | None) -> int:
 
 
 def _is_pipe(descriptor: int) -> bool:
-    mode = os.fstat(descriptor).st_mode
+    try:
+        mode = os.fstat(descriptor).st_mode
+    except OSError:  # it is closed: there is nobody to watch
+        return False
     return stat.S_ISFIFO(mode) or stat.S_ISSOCK(mode)
 
 
