@@ -372,7 +372,7 @@ async def test_without_a_backend_it_can_wait_for_one(
 async def test_without_an_orchestrator_it_keeps_the_services_until_none_is_left(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    running = Up(made(script("mlx", ANNOUNCES), script("ollama", REFUSES)), question="hi")
+    running = Up(made(script("mlx", ANNOUNCES), script("ollama", REFUSES), ready_timeout=1), question="hi")
     async with asyncio.TaskGroup() as group:
         task = group.create_task(running.run())
         said = ""
@@ -385,7 +385,7 @@ async def test_without_an_orchestrator_it_keeps_the_services_until_none_is_left(
         await until(heard, "it is up")
         os.kill(os.getpid(), signal.SIGINT)
         assert await task is ExitCode.OK
-    assert "mlx listens on 127.0.0.1:1" in said
+    assert "mlx listens, and does not serve yet, on 127.0.0.1:1" in said
     assert "ollama: x: it is not there" in said
     with pytest.raises(Problem, match="no service is left"):
         await Up(made(script("mlx", REFUSES))).run()
