@@ -149,8 +149,10 @@ def test_a_broken_answer_is_kept_and_marked(mesh: FakeMesh, capsys: pytest.Captu
     assert out == "The capital\n"
     assert err.splitlines() == [
         "[the answer stops here: it is not complete]",
-        "error: mlx fell silent (STREAM_STALLED): ask again; "
-        "`forebay status` shows whether the backend is well",
+        (
+            "error: mlx fell silent (STREAM_STALLED): ask again; "
+            "`forebay status` shows whether the backend is well"
+        ),
     ]
 
 
