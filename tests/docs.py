@@ -1,4 +1,4 @@
-"""Tables in the docs that are generated from the code: `python tests/docs.py` writes them, a test compares them."""
+"""Tables in the docs that come from the code: `python tests/docs.py` writes them, and a test compares."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from typing import get_args
 
 from forebay.cli.settings import settings_types
 from forebay.kit.config import SECTIONS, Settings
-from forebay.kit.failure import Failure
+from forebay.kit.failure import Failure, Internal
 
 ROOT = Path(__file__).parent.parent
 
@@ -25,7 +25,8 @@ def failures() -> str:
     pending = list(Failure.__subclasses__())
     while pending:
         kind = pending.pop(0)
-        classes.append(kind)
+        if "reason" in vars(kind) or kind is Internal:  # a package's own subclasses only say more
+            classes.append(kind)
         pending.extend(kind.__subclasses__())
     for kind in classes:
         first_line = (kind.__doc__ or "").strip().splitlines()[0]
@@ -50,7 +51,11 @@ def _toml(value: object) -> str:
     if isinstance(value, list | tuple):
         return f"[{', '.join(_toml(item) for item in value)}]"
     if isinstance(value, dict):
-        return "{ " + ", ".join(f"{key} = {_toml(item)}" for key, item in value.items()) + " }" if value else "{}"
+        return (
+            "{ " + ", ".join(f"{key} = {_toml(item)}" for key, item in value.items()) + " }"
+            if value
+            else "{}"
+        )
     return json.dumps(value, ensure_ascii=False)
 
 
@@ -82,7 +87,9 @@ def section(name: str) -> str:
         value = _default(kind, key)
         shown = "required" if field.is_required() else "unset" if value is None else f"`{_toml(value)}`"
         meaning = " ".join((field.description or "").split())
-        lines.append(f"| `{path}` | {shown.replace('|', chr(92) + '|')} | {meaning.replace('|', chr(92) + '|')} |")
+        lines.append(
+            f"| `{path}` | {shown.replace('|', chr(92) + '|')} | {meaning.replace('|', chr(92) + '|')} |"
+        )
     return "\n".join(lines)
 
 
@@ -90,9 +97,9 @@ def example() -> str:
     """Returns a configuration file with every key, its meaning and its default, all commented out."""
     parts = [
         "# Every key of Forebay's configuration, with its meaning and its default.",
-        "# Copy it to forebay.toml, in the working directory or in your configuration folder, and uncomment what",
-        "# you change. The environment goes before the file: FOREBAY_MLX__MAX_ROWS=4.",
-        "# Durations are \"250ms\", \"1.5s\", \"2m\" or \"1h\"; sizes are \"512MiB\" or \"4GiB\".",
+        "# Copy it to forebay.toml, in the working directory or your configuration folder, and uncomment",
+        "# what you change. The environment goes before the file: FOREBAY_MLX__MAX_ROWS=4.",
+        '# Durations are "250ms", "1.5s", "2m" or "1h"; sizes are "512MiB" or "4GiB".',
     ]
     for name, kind in settings_types().items():
         parts += ["", *_example_section(f"[{name}]", kind, name)]

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
+import sys
 from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass, field
 
@@ -43,6 +45,11 @@ CATALOGUE = {
     "https://huggingface.co/org/Repo-GGUF@Q8_0": CatalogueEntry(model=FakeModel(key="repo"), total=500),
     "tiny": CatalogueEntry(model=FakeModel(key="tiny")),
 }
+
+
+def environment() -> dict[str, str]:
+    """Returns the environment of a process that imports what this one imports."""
+    return {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
 
 
 @dataclass(kw_only=True)

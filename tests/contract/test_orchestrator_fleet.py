@@ -353,7 +353,7 @@ async def test_a_load_whose_backend_is_lost_is_unavailable(tmp_path: Path) -> No
         async with asyncio.TaskGroup() as group:
             group.create_task(mesh["a"].stop())
             with pytest.raises(grpc.aio.AioRpcError) as caught:
-                await _keep(stream, [])
+                await _read_on(stream)
         assert caught.value.code() is grpc.StatusCode.UNAVAILABLE
 
 
@@ -366,6 +366,12 @@ async def test_a_caller_that_leaves_a_load_leaves_nothing_behind(tmp_path: Path)
         up = mesh["a"].up
         assert up is not None
         await until(lambda: up.inflight.count == 0)
+
+
+async def _read_on(stream: grpc.aio.UnaryStreamCall[object, object]) -> None:
+    """Reads until the stream ends; a stream that was read from cannot be iterated."""
+    while await stream.read() is not grpc.aio.EOF:
+        pass
 
 
 async def _keep(stream: AsyncIterator[Event], events: list[Event]) -> None:

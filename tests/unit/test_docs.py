@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import re
 
-import docs
 import pytest
 
+import docs
 from forebay.cli.settings import settings_types
 from forebay.kit.config import SECTIONS, load
 

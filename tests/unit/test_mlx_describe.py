@@ -7,8 +7,8 @@ import struct
 from pathlib import Path
 
 import pytest
-import tiny_models
 
+import tiny_models
 from forebay.mlx_service.models.describe import NotAModelError, describe
 
 

@@ -8,9 +8,8 @@ from collections.abc import AsyncIterator
 from pathlib import Path
 
 import pytest
-import tiny_models
-from mlx_worker_rig import MODEL, Reply, Rig, ask, rig, until
 
+import tiny_models
 from forebay.inference.v1 import inference_pb2 as pb
 from forebay.kit.failure import (
     BackendError,
@@ -27,6 +26,7 @@ from forebay.kit.pipeline import Call, Event
 from forebay.mlx_service.worker import engine as engine_module
 from forebay.mlx_service.worker.engine import Engine, Over, Row, Written
 from forebay.mlx_service.worker.sampling import Array, Processor, SamplingParams
+from mlx_worker_rig import MODEL, Reply, Rig, ask, rig, until
 
 pytestmark = pytest.mark.mlx
 

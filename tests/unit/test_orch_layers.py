@@ -218,6 +218,14 @@ async def test_a_wait_that_is_too_long_is_not_begun(seconds: float, deadline: fl
 
 
 @virtual
+async def test_a_failure_that_does_not_pass_is_not_waited_for() -> None:
+    backends = Backends(a=[(BackendError("x"),), GOOD])
+    with pytest.raises(BackendError):
+        await serve(fallback(backends), ask(model="m"))
+    assert (len(backends.seen), now()) == (1, 0.0)
+
+
+@virtual
 async def test_a_backend_that_vanished_meanwhile_ends_the_call() -> None:
     backends = Backends(a=[(BackendUnavailable("x"),)])
     with pytest.raises(BackendUnavailable):

@@ -9,6 +9,7 @@ from contextlib import AsyncExitStack
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from types import TracebackType
+from typing import Final
 
 from forebay.inference.v1 import inference_pb2 as pb
 from forebay.kit.engine import SendLoad, SendPull
@@ -37,6 +38,8 @@ from forebay.upstream.presence import Change, watch_presence
 from forebay.upstream.tasks import OwnedTasks
 
 logger = logging.getLogger(__name__)
+
+_NO_IMAGES: Final = ("does not support images", "image input is not supported")
 
 
 @dataclass(slots=True)
@@ -151,6 +154,10 @@ class LmStudioEngine:
                 # It was unloaded, or loaded again under another name, since we looked.
                 if attempt or telling.started:
                     raise
+            except CapabilityUnsupported:
+                accepts = pb.DEGRADATION_KIND_IMAGE_DROPPED in call.request.accepted_degradations
+                if attempt or telling.started or not accepts or not self._memory.is_blind(ready.entry.key):
+                    raise
             ready = await self._ready(call, send, options, fresh=True)
 
     def _shortfalls(self, request: pb.GenerateRequest, entry: Entry) -> Shortfalls:
@@ -217,9 +224,10 @@ class LmStudioEngine:
             await telling.send(progress)
 
         async with AsyncExitStack() as held:
+            # In use from here, so that it is not unloaded while the call waits for its slot.
+            held.enter_context(self._memory.using(ready, ttl=options.ttl))
             admission = self._memory.admission(ready.entry)
             telling.queued = await held.enter_async_context(admission.hold(telling.call, queued))
-            held.enter_context(self._memory.using(ready, ttl=options.ttl))
             await telling.send(_progress(pb.Progress.STAGE_PREFILLING))
             try:
                 flight = await take_off(
@@ -235,6 +243,8 @@ class LmStudioEngine:
                             break
                 deltas, finished = reply.finish()
             except UpstreamError as error:
+                if ready.entry.vision is None and error.says(*_NO_IMAGES):
+                    self._memory.note_blind(ready.entry.key)
                 raise to_failure(
                     error, backend=self._name, model=request.model, started=telling.first is not None
                 ) from error

@@ -13,7 +13,7 @@ import asyncio
 import logging
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
 from contextlib import asynccontextmanager, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Final
 
 from forebay.kit.failure import Failure, ModelLoadFailed, ModelNotFound
@@ -87,11 +87,15 @@ class Memory:
         self._client = client
         self._settings = settings
         self._loads: SingleFlight[str, str, float] = SingleFlight(tasks)
-        self._listings: SingleFlight[str, None, tuple[Entry, ...]] = SingleFlight(tasks)
+        # By how often the memory changed: a listing that was begun before a load must not be taken for one
+        # from after it, or the model would be loaded again.
+        self._listings: SingleFlight[int, None, tuple[Entry, ...]] = SingleFlight(tasks)
+        self._changes = 0
         self._entries: tuple[Entry, ...] = ()
         self._listed_at: float | None = None
         self._uses: dict[str, _Use] = {}
         self._admissions: dict[str, Admission] = {}
+        self._blind: set[str] = set()
         self._news = asyncio.Event()
 
     def __repr__(self) -> str:
@@ -100,7 +104,7 @@ class Memory:
 
     def forget(self) -> None:
         """Forgets what was in memory, as when LM Studio went away."""
-        self._listed_at = None
+        self._changed()
         for use in self._uses.values():
             use.ours.clear()
 
@@ -113,14 +117,23 @@ class Memory:
         now = asyncio.get_running_loop().time()
         if max_age and self._listed_at is not None and now - self._listed_at < max_age:
             return self._entries
-        return await self._listings.join("", self._list)
+        return await self._listings.join(self._changes, self._list)
 
     async def _list(self, report: Callable[[None], None]) -> tuple[Entry, ...]:
         del report
-        began = asyncio.get_running_loop().time()
-        self._entries = await self._client.models()
-        self._listed_at = began
-        return self._entries
+        began, changes = asyncio.get_running_loop().time(), self._changes
+        entries = tuple(
+            replace(one, vision=False) if one.vision is None and one.key in self._blind else one
+            for one in await self._client.models()
+        )
+        if changes == self._changes:
+            self._entries, self._listed_at = entries, began
+        return entries
+
+    def _changed(self) -> None:
+        """Makes every listing so far an old one."""
+        self._changes += 1
+        self._listed_at = None
 
     async def find(self, name: str, *, max_age: float = 0.0) -> Entry:
         """Returns the model of that key, or the one that has an instance of that identifier.
@@ -212,9 +225,10 @@ class Memory:
             use.trouble = failure.message
             raise
         finally:
-            self._listed_at = None
+            self._changed()
         use.trouble = ""
-        use.ours.add(instance)
+        if self._client.dialect is Dialect.NATIVE:
+            use.ours.add(instance)  # an older LM Studio keeps the time of what it was made to load
         use.ttl = kept
         use.pinned = key in self._settings.preload
         use.last = clock()
@@ -235,6 +249,15 @@ class Memory:
             use.ttl = ttl
         use.pinned = pinned or key in self._settings.preload
         self._news.set()
+
+    def note_blind(self, key: str) -> None:
+        """Remembers that a model refused an image, where its listing does not say whether it reads any."""
+        self._blind.add(key)
+        self._changed()
+
+    def is_blind(self, key: str) -> bool:
+        """Whether a model refused an image."""
+        return key in self._blind
 
     def is_loading(self, key: str) -> bool:
         """Whether this bridge is loading a model."""
@@ -329,7 +352,7 @@ class Memory:
         try:
             await self._client.unload(identifier)
         finally:
-            self._listed_at = None
+            self._changed()
         self._use(key).ours.discard(identifier)
 
     @asynccontextmanager
