@@ -7,7 +7,6 @@ is missing, its tests are skipped and say so.
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import os
 import shutil
@@ -16,11 +15,14 @@ import subprocess
 import sys
 import tarfile
 import tempfile
-from collections.abc import AsyncIterator, Sequence
+import time
+import urllib.request
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import aiohttp
+import gguf
+import numpy as np
 import platformdirs
 
 VERSION = "11434.0.0"
@@ -90,20 +92,53 @@ def write_model(path: Path, *, seed: int = 1, width: int = 64, layers: int = 2, 
 
     Its weights are random but for one direction of the embedding space, which
     every token has and which the output layer maps to printable characters, so
-    that its replies are readable noise and never end by themselves.
+    that its replies are readable noise and hardly ever end by themselves.
     """
-    import gguf
-    import numpy as np
-
     rng = np.random.default_rng(seed)
-    tokens, kinds, printable = _vocabulary()
+    tokens, kinds, printable = _vocabulary(())
+    embedding = _normal(rng, len(tokens), width)
+    embedding[:, 0] = 4.0
+    output = _normal(rng, len(tokens), width)
+    output[:, 0] = np.where(printable, 1.0, -8.0)
+    return _write(path, tokens, kinds, embedding, output, rng, layers=layers, context=context)
+
+
+def write_scripted(path: Path, pieces: Sequence[str], *, context: int = 2048, layers: int = 2) -> Path:
+    """Writes a llama that answers with `pieces`, each a token of its own, and ends, whatever it is asked.
+
+    Its blocks add nothing, so the next token depends on the last one alone.
+    """
+    tokens, kinds, _ = _vocabulary(pieces)
+    width = 256  # random directions of so many components are nearly orthogonal: the script is never left
+    rng = np.random.default_rng(7)
+    embedding = _normal(rng, len(tokens), width)
+    embedding /= np.linalg.norm(embedding, axis=1, keepdims=True) / np.sqrt(width)
+    output = np.zeros((len(tokens), width), np.float32)
+    letters = _letters()
+    last = tokens.index(letters[ord("\n")])
+    for piece in [*pieces, "<|im_end|>"]:
+        token = tokens.index(piece if piece in _SPECIAL else "".join(letters[b] for b in piece.encode()))
+        output[token] += embedding[last] * 20 / width
+        last = token
+    return _write(path, tokens, kinds, embedding, output, rng, layers=layers, context=context, silent=True)
+
+
+def _write(
+    path: Path,
+    tokens: list[str],
+    kinds: list[int],
+    embedding: np.ndarray,
+    output: np.ndarray,
+    rng: np.random.Generator,
+    *,
+    layers: int,
+    context: int,
+    silent: bool = False,
+) -> Path:
+    width = embedding.shape[1]
     heads, feed = 4, width * 2
-
-    def normal(*shape: int) -> np.ndarray[tuple[int, ...], np.dtype[np.float32]]:
-        return (rng.standard_normal(shape) * 0.3).astype(np.float32)
-
     writer = gguf.GGUFWriter(path, "llama")
-    writer.add_name(f"tiny-{seed}")
+    writer.add_name(path.stem)
     writer.add_context_length(context)
     writer.add_embedding_length(width)
     writer.add_block_count(layers)
@@ -124,10 +159,6 @@ def write_model(path: Path, *, seed: int = 1, width: int = 64, layers: int = 2, 
     writer.add_pad_token_id(tokens.index("<pad>"))
     writer.add_add_bos_token(False)
     writer.add_chat_template(CHAT_TEMPLATE)
-    embedding = normal(len(tokens), width)
-    embedding[:, 0] = 4.0
-    output = normal(len(tokens), width)
-    output[:, 0] = np.where(printable, 1.0, -8.0)
     writer.add_tensor("token_embd.weight", embedding)
     writer.add_tensor("output.weight", output)
     writer.add_tensor("output_norm.weight", np.ones(width, np.float32))
@@ -135,16 +166,14 @@ def write_model(path: Path, *, seed: int = 1, width: int = 64, layers: int = 2, 
         prefix = f"blk.{layer}"
         writer.add_tensor(f"{prefix}.attn_norm.weight", np.ones(width, np.float32))
         writer.add_tensor(f"{prefix}.ffn_norm.weight", np.ones(width, np.float32))
-        for name in ("attn_q", "attn_k", "attn_v", "attn_output"):
-            weight = normal(width, width)
-            if name == "attn_output":
-                weight[0] = 0.0  # no block may change that one direction
+        shapes = dict.fromkeys(("attn_q", "attn_k", "attn_v", "attn_output"), (width, width))
+        shapes |= {"ffn_gate": (feed, width), "ffn_up": (feed, width), "ffn_down": (width, feed)}
+        for name, shape in shapes.items():
+            weight = _normal(rng, *shape) * np.float32(3 / np.sqrt(shape[1]))
+            if name in {"attn_output", "ffn_down"}:
+                # No block may change the direction that every token has; a silent one changes nothing.
+                weight[slice(None) if silent else 0] = 0.0
             writer.add_tensor(f"{prefix}.{name}.weight", weight)
-        writer.add_tensor(f"{prefix}.ffn_gate.weight", normal(feed, width))
-        writer.add_tensor(f"{prefix}.ffn_up.weight", normal(feed, width))
-        down = normal(width, feed)
-        down[0] = 0.0
-        writer.add_tensor(f"{prefix}.ffn_down.weight", down)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -152,16 +181,25 @@ def write_model(path: Path, *, seed: int = 1, width: int = 64, layers: int = 2, 
     return path
 
 
-def _vocabulary() -> tuple[list[str], list[int], list[bool]]:
-    """Returns tokens, their GGUF types, and which of them are printable ASCII."""
+def _normal(rng: np.random.Generator, *shape: int) -> np.ndarray:
+    return (rng.standard_normal(shape) * 0.3).astype(np.float32)
+
+
+def _letters() -> dict[int, str]:
+    """Returns the character by which byte-level BPE writes each byte."""
     visible = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    # Byte-level BPE writes bytes that are no visible character as characters from 256 on.
-    hidden = iter(range(256, 512))
-    letters = {byte: chr(byte if byte in visible else next(hidden)) for byte in range(256)}
-    tokens = [*letters.values(), *_MERGED, *_SPECIAL]
-    kinds = [1] * (256 + len(_MERGED)) + [3] * len(_SPECIAL)
-    printable = [32 <= byte < 127 for byte in letters] + [True] * len(_MERGED) + [False] * len(_SPECIAL)
-    return tokens, kinds, printable
+    hidden = iter(range(256, 512))  # bytes that are no visible character are written from 256 on
+    return {byte: chr(byte if byte in visible else next(hidden)) for byte in range(256)}
+
+
+def _vocabulary(pieces: Sequence[str]) -> tuple[list[str], list[int], list[bool]]:
+    """Returns tokens, their GGUF types, and which of them are printable ASCII."""
+    letters = _letters()
+    spelled = ["".join(letters[b] for b in piece.encode()) for piece in pieces if piece not in _SPECIAL]
+    own = [*letters.values(), *_MERGED]
+    own += [piece for piece in dict.fromkeys(spelled) if piece not in own]
+    printable = [32 <= byte < 127 for byte in letters] + [True] * (len(own) - len(letters))
+    return [*own, *_SPECIAL], [1] * len(own) + [3] * len(_SPECIAL), printable + [False] * len(_SPECIAL)
 
 
 def free_port() -> int:
@@ -177,16 +215,17 @@ class Running:
     """A server that runs."""
 
     url: str
-    process: asyncio.subprocess.Process
+    process: subprocess.Popen[bytes]
     log: Path
 
     def kill(self) -> None:
-        """Kills it, as a crash would."""
+        """Kills it, as a crash would, and waits until its port is free."""
         self.process.kill()
+        self.process.wait()
 
 
-@contextlib.asynccontextmanager
-async def running(
+@contextlib.contextmanager
+def running(
     command: Sequence[str | os.PathLike[str]],
     *,
     port: int,
@@ -194,36 +233,32 @@ async def running(
     ready: str = "/health",
     env: dict[str, str] | None = None,
     seconds: float = 60,
-) -> AsyncIterator[Running]:
+) -> Iterator[Running]:
     """Runs a server for the block and waits until `ready` answers 200. Empty `ready` does not wait."""
     with log.open("wb") as output:
-        process = await asyncio.create_subprocess_exec(
-            *command, stdin=asyncio.subprocess.DEVNULL, stdout=output, stderr=output, env=env
-        )
+        process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=output, stderr=output, env=env)
     server = Running(f"http://127.0.0.1:{port}", process, log)
     try:
         if ready:
-            await _wait(server, ready, seconds)
+            wait_for(server, ready, seconds)
         yield server
     finally:
-        if process.returncode is None:
-            process.terminate()
-            try:
-                async with asyncio.timeout(5):
-                    await process.wait()
-            except TimeoutError:
-                process.kill()
-        await process.wait()
+        process.terminate()
+        try:
+            process.wait(5)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
 
 
-@contextlib.asynccontextmanager
-async def llama_server(
+@contextlib.contextmanager
+def llama_server(
     folder: Path,
     *options: str,
     model: Path | None = None,
     port: int = 0,
     ready: str = "/health",
-) -> AsyncIterator[Running]:
+) -> Iterator[Running]:
     """Runs llama-server for the block, with `model` or, without one, as a router."""
     binary = find()
     assert binary is not None, MISSING
@@ -232,26 +267,24 @@ async def llama_server(
     command += ["--threads-batch", "1", *(["-m", str(model)] if model is not None else []), *options]
     # Only what it needs: a HOME of its own, so that no cache of this machine shows up as models.
     env = {"PATH": os.environ.get("PATH", ""), "HOME": str(folder), "LLAMA_CACHE": str(folder / "cache")}
-    async with running(command, port=port, log=folder / f"llama-{port}.log", ready=ready, env=env) as server:
+    with running(command, port=port, log=folder / f"llama-{port}.log", ready=ready, env=env) as server:
         yield server
 
 
-async def _wait(server: Running, path: str, seconds: float) -> None:
-    loop = asyncio.get_running_loop()
-    end = loop.time() + seconds
-    async with aiohttp.ClientSession() as session:
-        while True:
-            if server.process.returncode is not None or loop.time() > end:
-                raise RuntimeError(
-                    f"the server did not come up:\n{server.log.read_text(errors='replace')[-4000:]}"
-                )
-            try:
-                async with session.get(server.url + path) as response:
-                    if response.status == 200:
-                        return
-            except aiohttp.ClientError:
-                pass
-            await asyncio.sleep(0.05)
+def wait_for(server: Running, path: str, seconds: float = 60) -> None:
+    """Waits until a path of the server answers 200."""
+    end = time.monotonic() + seconds
+    while True:
+        if server.process.poll() is not None or time.monotonic() > end:
+            said = server.log.read_text(errors="replace")[-4000:]
+            raise RuntimeError(f"the server did not come up:\n{said}")
+        try:
+            with urllib.request.urlopen(server.url + path, timeout=5) as response:
+                if response.status == 200:
+                    return
+        except OSError:
+            pass
+        time.sleep(0.05)
 
 
 if __name__ == "__main__":
