@@ -418,7 +418,10 @@ async def test_a_reply_is_taken_up_in_the_middle_without_repeating(talker: Runni
 
 async def test_counting_agrees_with_what_a_reply_uses(talker: Running) -> None:
     async with bridge(talker.url) as (engine, _), asyncio.timeout(20):
-        conversation = [message("You are brief.", pb.ROLE_SYSTEM), message("How deep is it? \u00e9\U0001f600")]
+        conversation = [
+            message("You are brief.", pb.ROLE_SYSTEM),
+            message("How deep is it? \u00e9\U0001f600"),
+        ]
         request = pb.GenerateRequest(model="talker", messages=conversation)
         request.limits.max_output_token_count = 1
         sink = await serve(engine.generate, request)
