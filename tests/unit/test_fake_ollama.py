@@ -30,6 +30,7 @@ from forebay.testing.fake_ollama_wire import (
 )
 
 USER = [{"role": "user", "content": "hi there"}]
+GO_MAP = "map[string]interface {}"
 
 
 @dataclass
@@ -157,7 +158,7 @@ async def test_a_public_name_is_refused_with_nothing_said(http: Http, host: str,
             "/api/chat",
             {"model": "x", "options": 1},
             400,
-            "json: cannot unmarshal number into Go struct field ChatRequest.options of type map[string]interface {}",
+            f"json: cannot unmarshal number into Go struct field ChatRequest.options of type {GO_MAP}",
         ),
         (
             "/api/chat",
@@ -181,8 +182,7 @@ async def test_a_public_name_is_refused_with_nothing_said(http: Http, host: str,
             "/api/chat",
             {"model": "x", "messages": [{"tool_calls": [{"function": {"name": "f", "arguments": "{}"}}]}]},
             400,
-            "json: cannot unmarshal string into Go struct field ToolCallFunction.arguments of type "
-            "map[string]interface {}",
+            f"json: cannot unmarshal string into Go struct field ToolCallFunction.arguments of type {GO_MAP}",
         ),
         ("/api/chat", {"model": "x", "keep_alive": True}, 400, "Unsupported type: 'bool'"),
         ("/api/chat", {"model": "x", "keep_alive": "10"}, 400, 'time: missing unit in duration "10"'),
@@ -599,17 +599,17 @@ async def test_scripts_are_played_in_order_and_then_the_server_is_itself(http: H
 
 
 async def test_a_script_can_break_the_connection_anywhere(http: Http) -> None:
-    http.fake.script("/api/tags", [Cut()])
+    http.fake.script("/api/show", [Cut()])
     with pytest.raises(aiohttp.ClientError):
-        await http("GET", "/api/tags")
-    http.fake.script("/api/tags", [Flush(), Body(b"abc", cuts=(1, 9)), Cut()])
+        await http.post("/api/show", {})
+    http.fake.script("/api/show", [Flush(), Body(b"abc", cuts=(1, 9)), Cut()])
     with pytest.raises(aiohttp.ClientError):
-        await http("GET", "/api/tags")
-    http.fake.script("/api/tags", [Raw(b"HTTP/1.1 200 OK\r\nContent-Length: 9\r\n\r\nabc")])
+        await http.post("/api/show", {})
+    http.fake.script("/api/show", [Raw(b"HTTP/1.1 200 OK\r\nContent-Length: 9\r\n\r\nabc")])
     with pytest.raises(aiohttp.ClientPayloadError):
-        await http("GET", "/api/tags")
-    http.fake.script("/api/tags", [Head(418, {"X-A": "b"}), Line({"a": 1}, ending=b"")])
-    answer = await http("GET", "/api/tags")
+        await http.post("/api/show", {})
+    http.fake.script("/api/show", [Head(418, {"X-A": "b"}), Line({"a": 1}, ending=b"")])
+    answer = await http.post("/api/show", {})
     assert (answer.status, answer.body) == (418, b'{"a":1}')
 
 
