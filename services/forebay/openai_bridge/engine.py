@@ -133,7 +133,14 @@ class OpenAiEngine:
             async with self._admission.hold(call, tell_queued(send)) as waited:
                 with self._loader.using(offer.id):
                     loading = await self._ready(identity, offer, _tell_loading(send))
-                    relay = Relay(call, send, offer=offer, shortfalls=shortfalls, backend=self._name)
+                    relay = Relay(
+                        call,
+                        send,
+                        offer=offer,
+                        shortfalls=shortfalls,
+                        stops=() if identity.flavor.stops else request.limits.stop_sequences,
+                        backend=self._name,
+                    )
                     finished = await relay.run(
                         self._client,
                         body,

@@ -30,6 +30,8 @@ class Flavor:
     """Fields of `Sampling` it honours, and what it calls them."""
     output_format: bool = True
     """Whether it enforces a JSON Schema and any JSON."""
+    stops: bool = True
+    """Whether it ends a reply at every stop sequence. Where not, the bridge does."""
     tool_choice: bool = True
     """Whether it honours `tool_choice`."""
     images: bool = True
@@ -85,6 +87,7 @@ MLX_LM: Final = Flavor(
         "repetition_penalty": "repetition_penalty",
     },
     output_format=False,
+    stops=False,
     tool_choice=False,
     images=False,
     top_logprobs=None,  # it has them in whole replies only

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 from datetime import timedelta
 from typing import Final
@@ -25,6 +25,7 @@ from forebay.upstream.errors import UpstreamError, to_failure
 from forebay.upstream.framing import SseEvent
 from forebay.upstream.http import Body
 from forebay.upstream.openai_chat import DONE, ReplyReader
+from forebay.upstream.stops import StopSplitter
 from forebay.upstream.values import JsonObject, dump
 
 # What mlx_lm.server says where a model is missing. It answers 404 to all else that fails, too.
@@ -39,6 +40,7 @@ class Relay:
         send: towards the caller.
         offer: the model that is to answer.
         shortfalls: what the reply will lack.
+        stops: stop sequences to end the reply at. Empty where the server does that.
         backend: the backend's name.
     """
 
@@ -49,6 +51,7 @@ class Relay:
         *,
         offer: Offer,
         shortfalls: Shortfalls,
+        stops: Sequence[str] = (),
         backend: str,
     ) -> None:
         request = call.request
@@ -63,6 +66,8 @@ class Relay:
             top_logprobs=request.logprobs.top_logprob_count,
             want_token_ids=request.include_token_ids,
         )
+        self._stops = StopSplitter(stops)
+        self._text_parts = 0
         self._clock = asyncio.get_running_loop().time
         self._began = self._clock()
         self._first = 0.0
@@ -97,7 +102,7 @@ class Relay:
             ):
                 async for event in events:
                     await self._take(event)
-                    if self._reader.done:
+                    if self._reader.done or self._stops.found:
                         break
         except UpstreamError as error:
             raise self._failure(error, flavor) from error
@@ -105,9 +110,7 @@ class Relay:
             if self.committed:
                 raise
             raise BackendUnavailable(error.message, metadata=error.metadata) from error
-        deltas, finished = self._reader.finish()
-        for delta in deltas:
-            await self._pass_on(delta)
+        finished = await self._finish()
         if not self._is_started:
             await self._start()
         end = self._last or self._clock()
@@ -127,11 +130,33 @@ class Relay:
         if isinstance(part, pb.Progress):
             await self._send(pb.GenerateResponse(progress=part))
             return
+        if part.WhichOneof("content") == "text" and part.text:
+            self._text_parts += 1
+            part.text = self._stops.feed(part.text)
+            if not part.text and not part.logprobs and not part.token_ids:
+                return  # held back: it may be the start of a stop sequence
+        await self._send_delta(part)
+
+    async def _send_delta(self, delta: pb.Delta) -> None:
         if not self._is_started:
             await self._start()
         self._last = self._clock()
         self._first = self._first or self._last
-        await self._send(pb.GenerateResponse(delta=part))
+        await self._send(pb.GenerateResponse(delta=delta))
+
+    async def _finish(self) -> pb.Finished:
+        if not self._stops.found:
+            deltas, finished = self._reader.finish()
+            for delta in deltas:
+                await self._pass_on(delta)
+        if self._stops.found:  # maybe only now, if it came with the last piece
+            # The server was not heard out, so its own count is missing; it sends a part for each token.
+            usage = self._reader.used()
+            usage.output_token_count = usage.output_token_count or self._text_parts
+            return pb.Finished(reason=pb.FINISH_REASON_STOP, usage=usage, stop_sequence=self._stops.found)
+        if rest := self._stops.finish():
+            await self._send_delta(pb.Delta(text=rest))
+        return finished
 
     async def _start(self) -> None:
         self._is_started = True

@@ -131,7 +131,7 @@ def chat_body(
     _sampling(body, request.sampling, flavor, shortfalls)
     if request.limits.HasField("max_output_token_count"):
         body["max_tokens"] = request.limits.max_output_token_count
-    if request.limits.stop_sequences:
+    if request.limits.stop_sequences and flavor.stops:
         body["stop"] = list(request.limits.stop_sequences)
     _tools(body, request, flavor, shortfalls)
     _output_format(body, request.output_format, flavor, shortfalls)

@@ -38,7 +38,7 @@ BUSY_RETRY: Final = timedelta(seconds=1)
 LOADING_RETRY: Final = timedelta(seconds=2)
 """When to try again while a model loads: most small models are there after one or two such waits."""
 
-_NESTING = 4  # error in error in a string: Ollama around llama-server needs three
+_NESTING = 8  # levels; an error in a string in an error, as Ollama wraps llama-server, takes five
 _IDENTIFIER = re.compile(r"[A-Za-z0-9_.\-]{1,64}")
 
 _CONTEXT = (

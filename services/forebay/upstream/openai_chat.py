@@ -82,6 +82,7 @@ class ReplyReader:
         self._stop_sequence = ""
         self._usage: JsonObject = {}
         self._timings: JsonObject = {}
+        self._prompt_tokens = 0
         self.choices = 0
         """Parts of the reply that came, also empty ones."""
         self.finish_reason = ""
@@ -103,7 +104,7 @@ class ReplyReader:
         if self.done:
             return []
         if event.comment:
-            return _comment_progress(event.comment)
+            return self._comment(event.comment)
         if event.error:
             raise _as_error(event.error)
         data = event.data.strip()
@@ -163,6 +164,13 @@ class ReplyReader:
         if prefill > 0:
             finished.timings.prefill_duration.FromMicroseconds(int(prefill * 1000))
         return deltas, finished
+
+    def _comment(self, comment: str) -> list[pb.Delta | pb.Progress]:
+        found = _KEEPALIVE.fullmatch(comment)
+        if not found:
+            return []
+        self._prompt_tokens = int(found[2])
+        return [_prefill(int(found[1]), self._prompt_tokens)]
 
     def _chunk(self, chunk: JsonObject) -> list[pb.Delta | pb.Progress]:
         self.model = self.model or text(chunk, "model")
@@ -246,10 +254,9 @@ class ReplyReader:
         cached = integer(
             obj(usage.get("prompt_tokens_details")), "cached_tokens", integer(timings, "cache_n")
         )
+        timed = integer(timings, "cache_n") + integer(timings, "prompt_n")
         return pb.Usage(
-            prompt_token_count=_count(
-                integer(usage, "prompt_tokens", integer(timings, "cache_n") + integer(timings, "prompt_n"))
-            ),
+            prompt_token_count=_count(integer(usage, "prompt_tokens", timed or self._prompt_tokens)),
             cached_token_count=_count(cached),
             output_token_count=_count(integer(usage, "completion_tokens", integer(timings, "predicted_n"))),
             reasoning_token_count=_count(
@@ -287,11 +294,6 @@ def _logprob(entry: JsonObject) -> float:
 
 def _count(value: int) -> int:
     return min(max(value, 0), 2**31 - 1)
-
-
-def _comment_progress(comment: str) -> list[pb.Delta | pb.Progress]:
-    found = _KEEPALIVE.fullmatch(comment)
-    return [_prefill(int(found[1]), int(found[2]))] if found else []
 
 
 def _prefill(processed: int, total: int) -> pb.Progress:
