@@ -15,7 +15,6 @@ from tempfile import TemporaryDirectory
 
 import llama
 import tiny_models
-
 from forebay.inference.v1 import inference_pb2 as pb
 from forebay.testing.client import client
 from forebay.testing.processes import ServiceProcess

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import bridge_table
 import pytest
+
+import bridge_table
 
 pytestmark = pytest.mark.mlx
 
