@@ -68,7 +68,8 @@ llama-server: $(VENV)/.dev ## Builds llama-server for the tests that use it: onc
 	$(BIN)/python tests/llama.py build
 
 lock: ## Pins what CI runs again, from a clean environment.
-	rm -rf $(VENV) && : > constraints.txt && $(MAKE) $(VENV)/.dev
+	rm -rf $(VENV) && $(MAKE) $(BIN)/python
+	$(BIN)/python -m pip install --quiet --editable '.[mlx]' --group dev
 	$(BIN)/python -m pip freeze --exclude-editable --exclude forebay > constraints.txt
 
 clean: ## Removes what make made here. The models under the user's cache folder stay.

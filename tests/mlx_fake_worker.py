@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import contextlib
 import json
 import os
 import signal
@@ -52,7 +53,9 @@ async def serve(arguments: argparse.Namespace, behaviour: dict) -> None:
                 asyncio.get_running_loop().remove_signal_handler(signal.SIGTERM)
                 signal.signal(signal.SIGTERM, signal.SIG_IGN)
             process.announce("mlx-worker", up.address)
-            await asyncio.sleep(behaviour.get("ready_delay", 0.0))
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(behaviour.get("ready_delay", 0.0)):
+                    await stopped.wait()
             await up.set_ready(True)
             if "exit_after" in behaviour:
                 asyncio.get_running_loop().call_later(behaviour["exit_after"], os.abort)

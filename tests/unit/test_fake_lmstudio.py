@@ -26,6 +26,7 @@ from forebay.testing.fake_lmstudio import (
     main,
 )
 from forebay.testing.fake_lmstudio_script import Close, Delay, Headers, Raw, Reset, Send, Stall
+from lmstudio import environment
 
 TOKEN = "sk-lm-AbCdEf12:AbCdEfGhIjKlMnOpQrSt"
 PNG = "data:image/png;base64," + base64.b64encode(b"\x89PNG-not-really").decode()
@@ -955,6 +956,7 @@ async def test_the_process_prints_its_address_and_takes_scripts() -> None:
         "--loaded=a",
         "--control",
         stdout=asyncio.subprocess.PIPE,
+        env=environment(),
     )
     try:
         assert process.stdout is not None

@@ -27,7 +27,8 @@ from forebay.kit.failure import (
 
 
 def classes(root: type[Failure] = Failure) -> list[type[Failure]]:
-    return [root, *(c for sub in root.__subclasses__() for c in classes(sub))]
+    mine = [sub for sub in root.__subclasses__() if sub.__module__ == failure.__name__]
+    return [root, *(c for sub in mine for c in classes(sub))]
 
 
 def details(status: status_pb2.Status) -> dict[str, object]:

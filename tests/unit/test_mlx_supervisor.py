@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 from collections import deque
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
@@ -171,7 +172,7 @@ async def test_a_caller_that_waits_is_told_at_least_every_second():
     async with supervisor(launch) as s:
         await use(s, waiting=waiting)
     assert {state for _, state in told} == {State.LOADING}
-    assert max(b - a for (a, _), (b, _) in zip(told, told[1:], strict=False)) <= 1.0
+    assert max(b - a for (a, _), (b, _) in itertools.pairwise(told)) <= 1.0
 
 
 @virtual

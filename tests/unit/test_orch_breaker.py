@@ -241,9 +241,7 @@ def test_a_backend_that_came_back_is_tried_at_once() -> None:
 def test_jitter_only_shortens_openings() -> None:
     for seed in range(100):
         clock = Clock()
-        breaker = Breaker(
-            BreakerSettings(consecutive_failures=1), clock=clock, source=random.Random(seed)
-        )
+        breaker = Breaker(BreakerSettings(consecutive_failures=1), clock=clock, source=random.Random(seed))
         call(breaker, HARD)
         assert 0.5 <= breaker.remaining.total_seconds() <= 1.0
 
@@ -277,9 +275,8 @@ def test_a_model_that_works_again_is_forgotten() -> None:
         fail(breakers, "bad", ModelLoadFailed("x"))
     clock.now = 1.0
     assert breakers.closed_models() == frozenset()
-    with breakers.admit("bad"):
-        with pytest.raises(BreakerOpen, match="is being tried"), breakers.admit("bad"):
-            raise AssertionError("not reached")
+    with breakers.admit("bad"), pytest.raises(BreakerOpen, match="is being tried"), breakers.admit("bad"):
+        raise AssertionError("not reached")
     assert breakers.not_closed() == []
     assert breakers.of("bad") == (breakers.whole,)
 
@@ -302,12 +299,14 @@ def test_a_refused_call_leaves_no_probe_behind() -> None:
 
 def test_a_second_call_that_failed_with_the_model_counts_too() -> None:
     breakers = boards(Clock())
-    with pytest.raises(ModelLoadFailed), breakers.admit("bad"):
-        fail(breakers, "bad", ModelLoadFailed("x"))
-        fail(breakers, "bad", ModelLoadFailed("x"))
-        probe = breakers.of("bad")[1].admit()
-        assert probe is not None
-        raise ModelLoadFailed("x")
+    slow = breakers.admit("bad")
+    slow.__enter__()
+    fail(breakers, "bad", ModelLoadFailed("x"))
+    fail(breakers, "bad", ModelLoadFailed("x"))
+    probe = breakers.of("bad")[1].admit()
+    assert probe is not None
+    failure = ModelLoadFailed("x")
+    assert not slow.__exit__(ModelLoadFailed, failure, None)
     assert breakers.closed_models() == {"bad"}
 
 

@@ -19,6 +19,7 @@ from forebay.kit.failure import (
     StreamStalled,
 )
 from forebay.kit.pipeline import Call, Event, Request, Send
+from forebay.kit.telemetry import off
 from forebay.orchestrator.config import BackendSettings
 from forebay.orchestrator.engine import Engine
 from forebay.orchestrator.fleet.endpoint import Endpoint, State
@@ -48,7 +49,7 @@ def endpoint(
         now=lambda: datetime.fromtimestamp(now(), UTC),
     )
     if engine is not None:
-        made.service = endpoint_stack(made, channel=engine.service, clock=now)
+        made.service = endpoint_stack(made, channel=engine.service, clock=now, tracer=off().tracer)
     return made
 
 
@@ -311,5 +312,3 @@ async def test_a_unary_call_has_one_answer() -> None:
     engine = Engine(fleet=None, service=_two, default_model="m")  # type: ignore[arg-type]  # not asked
     with pytest.raises(BrokenStream):
         await engine.embed(Call(request=pb.EmbedRequest()))
-
-

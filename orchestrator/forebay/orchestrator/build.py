@@ -11,6 +11,7 @@ import grpc.aio
 from forebay.fleet.v1 import fleet_pb2_grpc
 from forebay.kit.channel import connect
 from forebay.kit.rpc import Edge
+from forebay.kit.telemetry import Telemetry, off
 from forebay.orchestrator.budget import RetryBudget
 from forebay.orchestrator.clock import Clock
 from forebay.orchestrator.config import BackendSettings, OrchestratorSettings
@@ -31,11 +32,19 @@ class Orchestrator:
 
     Args:
         settings: the orchestrator's settings.
+        telemetry: tracer of this process.
         source: where jitter and ties come from.
     """
 
-    def __init__(self, settings: OrchestratorSettings, *, source: random.Random | None = None) -> None:
+    def __init__(
+        self,
+        settings: OrchestratorSettings,
+        *,
+        telemetry: Telemetry | None = None,
+        source: random.Random | None = None,
+    ) -> None:
         self.settings = settings
+        self._tracer = (telemetry or off()).tracer
         self._source = source or random.Random()  # noqa: S311  # spreads load; it guards nothing
         self._clock: Clock = asyncio.get_running_loop().time
         feed = Feed()
@@ -72,7 +81,9 @@ class Orchestrator:
             backend, aliases=aliases, clock=self._clock, source=self._source, on_change=feed.publish
         )
         channel = connect(backend.address, tls_roots=backend.tls_roots)
-        endpoint.service = endpoint_stack(endpoint, channel=Channel(channel, backend.name), clock=self._clock)
+        endpoint.service = endpoint_stack(
+            endpoint, channel=Channel(channel, backend.name), clock=self._clock, tracer=self._tracer
+        )
         probe = Probe(endpoint, channel, self.settings.probe, source=self._source)
         return Member(endpoint=endpoint, channel=channel, probe=probe)
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from typing import Any
 
 import grpc
 import grpc.aio
 
 from forebay.fleet.v1 import fleet_pb2, fleet_pb2_grpc
-from forebay.kit.failure import InvalidRequest
+from forebay.kit.failure import CallerLeft, InvalidRequest
 from forebay.kit.pipeline import Request
 from forebay.kit.rpc import Edge, write
 from forebay.orchestrator.fleet.fleet import Fleet
@@ -53,7 +54,7 @@ class FleetServicer(fleet_pb2_grpc.FleetServiceServicer):
     ) -> None:
         """Streams the backends, and each again when it changes."""
         # No Edge: it counts calls that a drain waits for, and a watch never ends by itself.
-        with self._fleet.feed.watch(self._fleet.names) as watcher:
+        with contextlib.suppress(CallerLeft), self._fleet.feed.watch(self._fleet.names) as watcher:
             while True:
                 for name in await watcher.next():
                     backend = self._fleet[name].to_proto()

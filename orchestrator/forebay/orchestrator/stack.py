@@ -9,6 +9,8 @@ from __future__ import annotations
 import random
 from datetime import timedelta
 
+from opentelemetry.trace import Tracer
+
 from forebay.kit.layers.limit import Limit
 from forebay.kit.layers.measure import Measure
 from forebay.kit.layers.watchdog import Watchdog
@@ -21,6 +23,7 @@ from forebay.orchestrator.layers.deadline import Deadline
 from forebay.orchestrator.layers.fallback import Fallback
 from forebay.orchestrator.layers.guard import Guard
 from forebay.orchestrator.layers.route import Fleet, Route
+from forebay.orchestrator.layers.span import Span
 from forebay.orchestrator.routing.router import Router
 
 
@@ -57,13 +60,14 @@ def request_stack(
     )
 
 
-def endpoint_stack(endpoint: Endpoint, *, channel: Service, clock: Clock) -> Service:
+def endpoint_stack(endpoint: Endpoint, *, channel: Service, clock: Clock, tracer: Tracer) -> Service:
     """Returns the stack of one backend, which every attempt on it goes down.
 
     Args:
         endpoint: the backend.
         channel: the call to its process.
         clock: gives the time in seconds.
+        tracer: makes the spans of the attempts.
     """
     settings = endpoint.settings
     layers: list[Layer] = [
@@ -76,6 +80,9 @@ def endpoint_stack(endpoint: Endpoint, *, channel: Service, clock: Clock) -> Ser
         # reason: a call in our queue is not silent.
         layers.append(lambda inner: _limit(endpoint, inner))
     layers += [
+        # Above Watchdog, so that a stall shows on its attempt; below Limit, so that the span is the backend's
+        # time and not the time in our queue. Which of Span and Measure is above the other does not matter.
+        lambda inner: Span(inner, tracer=tracer, backend=settings.name, address=settings.address),
         # Above Watchdog, so that calls that stalled are measured too.
         lambda inner: Measure(inner, record=endpoint.record, clock=clock),
         # Directly above the channel: it tells the silence of the backend from that of anything of ours.

@@ -146,25 +146,32 @@ class Settings(BaseModel):
 class ServerSettings(Settings):
     """What every process that serves gRPC has."""
 
-    address: Address = Field("127.0.0.1:0", description="Address to listen on. Port 0 picks a free one.")
+    address: Address = Field(
+        default="127.0.0.1:0", description="Address to listen on. Port 0 picks a free one."
+    )
     grace: Duration = Field(
-        timedelta(seconds=30),
+        default=timedelta(seconds=30),
         description="How long calls in progress may go on after a request to stop.",
     )
     notice: Duration = Field(
-        timedelta(milliseconds=200),
+        default=timedelta(milliseconds=200),
         description="Time between saying NOT_SERVING and refusing calls, so that callers go elsewhere first.",
     )
-    reflection: bool = Field(True, description="Whether tools may ask which services and messages there are.")
+    reflection: bool = Field(
+        default=True, description="Whether tools may ask which services and messages there are."
+    )
     insecure_listen: bool = Field(
-        False,
+        default=False,
         description="Allows an address that other machines can reach without TLS and auth. Anyone who "
         "reaches the port can then use the models and read the answers.",
     )
-    tls_certificate: Path | None = Field(None, description="PEM file with the server's certificate chain.")
-    tls_key: Path | None = Field(None, description="PEM file with the server's private key.")
+    tls_certificate: Path | None = Field(
+        default=None, description="PEM file with the server's certificate chain."
+    )
+    tls_key: Path | None = Field(default=None, description="PEM file with the server's private key.")
     tls_client_roots: Path | None = Field(
-        None, description="PEM file with the roots that clients' certificates must come from (mutual TLS)."
+        default=None,
+        description="PEM file with the roots that clients' certificates must come from (mutual TLS).",
     )
     auth_token_digests: tuple[str, ...] = Field(
         (),

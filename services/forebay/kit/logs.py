@@ -27,9 +27,11 @@ class LogSettings(Settings):
     """How a process logs."""
 
     level: Literal["debug", "info", "warning", "error"] = Field(
-        "info", description="Least severe level logged."
+        default="info", description="Least severe level logged."
     )
-    format: Literal["text", "json"] = Field("text", description="`text` for people, `json` for programs.")
+    format: Literal["text", "json"] = Field(
+        default="text", description="`text` for people, `json` for programs."
+    )
 
 
 def setup(settings: LogSettings, *, service: str) -> None:

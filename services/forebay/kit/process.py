@@ -96,9 +96,14 @@ def announce(service: str, address: str) -> None:
 async def until_stopped() -> None:
     """Returns when the process is asked to stop: SIGTERM, SIGINT, or the end of a supervisor's pipe.
 
-    Only for what `main` runs.
+    Inside `main` a request counts from the process's first moment on, elsewhere from this call on.
     """
-    await _STOPPED.get().wait()
+    stopped = _STOPPED.get(None)
+    if stopped is not None:
+        await stopped.wait()
+        return
+    async with stop_requests() as stopped:
+        await stopped.wait()
 
 
 @contextlib.asynccontextmanager

@@ -1,6 +1,6 @@
 """OpenTelemetry: off unless an endpoint is set, and never in the way of a call or of leaving.
 
-The spans are our own code, in `kit.rpc` and `kit.relay`: the instrumentation
+The spans are our own code, at the edge (`kit.rpc`): the instrumentation
 for grpc.aio breaks handlers that write, and leaves the spans of cancelled calls
 open. Trace context passes through even where tracing is off.
 """
@@ -29,12 +29,12 @@ class TelemetrySettings(Settings):
     """Where traces go."""
 
     otlp_endpoint: str = Field(
-        "",
+        default="",
         description="OTLP gRPC endpoint, such as `http://127.0.0.1:4317`. Empty takes "
         "OTEL_EXPORTER_OTLP_ENDPOINT, and is off where that is unset too. OTEL_TRACES_SAMPLER sets sampling.",
     )
     export_timeout: Duration = Field(
-        timedelta(seconds=2), description="How long one export may take before its spans are dropped."
+        default=timedelta(seconds=2), description="How long one export may take before its spans are dropped."
     )
 
 

@@ -1,1 +1,1 @@
-"""Bridge to LM Studio: its REST APIs on one side, `forebay.inference.v1` and `forebay.models.v1` on the other."""
+"""Bridge to LM Studio: its REST APIs on one side, Forebay's two interfaces on the other."""

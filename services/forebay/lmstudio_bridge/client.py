@@ -28,7 +28,7 @@ from forebay.kit.failure import (
     ModelLoadFailed,
     UpstreamUnauthenticated,
 )
-from forebay.lmstudio_bridge import listing
+from forebay.lmstudio_bridge import listing, native
 from forebay.lmstudio_bridge.config import LmStudioSettings
 from forebay.lmstudio_bridge.listing import Dialect, Entry
 from forebay.upstream.embeds import Batch
@@ -80,6 +80,8 @@ class LmStudioClient:
         self._settings = settings
         self._name = settings.name
         self._dialect: Dialect | None = None
+        self.item = "text"
+        """Type of text items in the native chat, which differs by version."""
         self._exit = AsyncExitStack()
         self._upstream = Upstream(
             settings.base_url,
@@ -133,9 +135,9 @@ class LmStudioClient:
             if obj(greeting).get("lmstudio") is not True:
                 raise self._stranger()
         if self._dialect is None or not self._settings.greeting:
-            await self.list()
+            await self.models()
 
-    async def list(self) -> tuple[Entry, ...]:
+    async def models(self) -> tuple[Entry, ...]:
         """Returns what LM Studio lists, with what is in memory where its API tells."""
         known = self._dialect
         if known is not None:
@@ -262,7 +264,7 @@ class LmStudioClient:
         except UpstreamError as error:
             if error.status == 404:
                 raise BackendUnavailable(
-                    f"{self._name} forgot the download, as LM Studio does when it restarts; ask again to resume",
+                    f"{self._name} forgot the download, as it does when it restarts; ask again to resume",
                     metadata={"backend": self._name},
                 ) from error
             raise to_failure(error, backend=self._name) from error
@@ -279,23 +281,36 @@ class LmStudioClient:
         return Download(job_id=text(reply, "job_id"), status=status, total_bytes=total, completed_bytes=done)
 
     @asynccontextmanager
-    async def chat(
-        self, body: Mapping[str, object], *, native: bool = False
-    ) -> AsyncIterator[AsyncIterator[SseEvent]]:
+    async def chat(self, body: Mapping[str, object]) -> AsyncIterator[AsyncIterator[SseEvent]]:
         """Opens the stream of a reply. Leaving closes its socket.
-
-        Args:
-            body: the request.
-            native: whether it is for the native chat and not for the compatible one.
 
         Raises:
             UpstreamError: the server refused, before its stream or in place of it.
             Failure: it did not answer.
         """
+        async with self._stream("/v1/chat/completions", body) as events:
+            yield events
+
+    @asynccontextmanager
+    async def native_chat(self, body: dict[str, object]) -> AsyncIterator[AsyncIterator[SseEvent]]:
+        """Opens the stream of a reply of the native chat. See `chat`."""
+        async with AsyncExitStack() as stack:
+            try:
+                events = await stack.enter_async_context(self._stream("/api/v1/chat", body))
+            except UpstreamError as error:
+                if not native.refuses_items(error):
+                    raise
+                self.item = native.OTHER_ITEM[self.item]
+                again = native.with_items(body, self.item)
+                events = await stack.enter_async_context(self._stream("/api/v1/chat", again))
+            yield events
+
+    @asynccontextmanager
+    async def _stream(self, path: str, body: Mapping[str, object]) -> AsyncIterator[AsyncIterator[SseEvent]]:
         settings = self._settings
         async with self._upstream.stream(
             "POST",
-            "/api/v1/chat" if native else "/v1/chat/completions",
+            path,
             json=body,
             first_byte=seconds(settings.first_byte_timeout),
             between_bytes=seconds(settings.between_bytes_timeout),
@@ -320,10 +335,11 @@ class LmStudioClient:
             value = await self._upstream.post_json("/v1/embeddings", json=body, timeout=timeout)
         reply = obj(value)
         vectors: dict[int, list[float]] = {}
-        for position, entry in enumerate(array(reply.get("data"))):
+        data = array(reply.get("data"))
+        for position, entry in enumerate(data):
             one = obj(entry)
             vectors[integer(one, "index", position)] = self._vector(one.get("embedding"))
-        if sorted(vectors) != list(range(len(texts))):
+        if len(data) != len(texts) or sorted(vectors) != list(range(len(texts))):
             raise self._misshapen()
         usage = obj(reply.get("usage"))
         batch = Batch(

@@ -80,7 +80,7 @@ class LmStudioSettings(ServerSettings):
         "until somebody unloads it. The bridge keeps the time, as LM Studio does so only for models that it "
         "loads by itself.",
     )
-    load: LoadSettings = Field(LoadSettings(), description="How models are loaded.")
+    load: LoadSettings = Field(LoadSettings.model_validate({}), description="How models are loaded.")
     models: Mapping[str, LoadSettings] = Field(
         {}, description="How single models are loaded, by their keys; goes before `load`, key by key."
     )

@@ -114,7 +114,7 @@ class Entry:
         Args:
             reports_logprobs: whether the server was seen to give log probabilities; None if it was not tried.
         """
-        known: list[tuple[pb.Capability, bool | None]] = []
+        known: list[tuple[pb.Capability.ValueType, bool | None]] = []
         if self.kind == "embedding":
             known += [(pb.CAPABILITY_EMBED, True), (pb.CAPABILITY_GENERATE, False)]
         elif self.kind == "llm":

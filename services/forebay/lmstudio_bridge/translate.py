@@ -9,7 +9,7 @@ from __future__ import annotations
 import base64
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Final
 
 from google.protobuf.struct_pb2 import Struct
@@ -44,16 +44,17 @@ class Shortfalls:
     """What a reply will lack, if the caller accepts that.
 
     Args:
-        request: what is asked for.
-        backend: the backend's name, for messages.
+        accepted: kinds of shortfall that the caller accepts.
+        backend: the backend's name, for the metadata.
+        model: the model that is asked.
     """
 
-    def __init__(self, accepted: Sequence[pb.DegradationKind], *, backend: str, model: str) -> None:
+    def __init__(self, accepted: Sequence[pb.DegradationKind.ValueType], *, backend: str, model: str) -> None:
         self._accepted = frozenset(accepted)
         self._metadata = {"backend": backend, "model": model}
         self.found: list[pb.Degradation] = []
 
-    def add(self, kind: pb.DegradationKind, path: str, lacking: str, instead: str) -> None:
+    def add(self, kind: pb.DegradationKind.ValueType, path: str, lacking: str, instead: str) -> None:
         """Takes a shortfall.
 
         Args:
@@ -72,7 +73,7 @@ class Shortfalls:
             )
         self.found.append(pb.Degradation(kind=kind, field=path, detail=instead))
 
-    def note(self, kind: pb.DegradationKind, path: str, instead: str) -> None:
+    def note(self, kind: pb.DegradationKind.ValueType, path: str, instead: str) -> None:
         """Takes a shortfall that is no error, and is told to callers who accept its kind."""
         if kind in self._accepted and not any(one.field == path for one in self.found):
             self.found.append(pb.Degradation(kind=kind, field=path, detail=instead))
@@ -86,16 +87,6 @@ class Options:
     """Seconds the model stays in memory after this use. None is the bridge's own setting."""
     draft_model: str = ""
     """Smaller model that drafts tokens for the larger to check. Empty is none."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Prepared:
-    """A request ready to be sent."""
-
-    body: dict[str, object]
-    """JSON for LM Studio."""
-    shortfalls: Shortfalls = field(repr=False)
-    """What the reply will lack."""
 
 
 def read_options(backend_options: Mapping[str, Struct], *, draft: bool = True) -> Options:
@@ -183,8 +174,15 @@ def read_quantization(backend_options: Mapping[str, Struct]) -> str:
 
 
 def chat_body(
-    request: pb.GenerateRequest, *, entry: Entry, model: str, options: Options, backend: str, jit: bool
-) -> Prepared:
+    request: pb.GenerateRequest,
+    *,
+    entry: Entry,
+    model: str,
+    options: Options,
+    shortfalls: Shortfalls,
+    backend: str,
+    jit: bool,
+) -> dict[str, object]:
     """Returns the body for `/v1/chat/completions`.
 
     Args:
@@ -192,13 +190,13 @@ def chat_body(
         entry: the model that is to answer.
         model: what reaches it.
         options: our own options of the request.
+        shortfalls: takes what the reply will lack.
         backend: the backend's name, for messages.
         jit: whether LM Studio may have to load the model for this request.
 
     Raises:
         CapabilityUnsupported: LM Studio or the model cannot do what is asked.
     """
-    shortfalls = Shortfalls(request.accepted_degradations, backend=backend, model=entry.key)
     body: dict[str, object] = {
         "model": model,
         "messages": messages(request.messages, entry=entry, shortfalls=shortfalls),
@@ -230,7 +228,7 @@ def chat_body(
         body["draft_model"] = options.draft_model
     if jit and options.ttl is not None:
         body["ttl"] = int(options.ttl)
-    return Prepared(body=body, shortfalls=shortfalls)
+    return body
 
 
 def messages(
@@ -330,7 +328,7 @@ def sampling(wanted: pb.Sampling, shortfalls: Shortfalls) -> dict[str, object]:
 
 def plain(value: float) -> float:
     """Returns a number as it was written: a float32 of 0.7 is 0.7 and not 0.699999988."""
-    return float(f"{value:.7g}") if isinstance(value, float) else value
+    return value if isinstance(value, int) else float(f"{value:.7g}")
 
 
 def _limits(limits: pb.GenerationLimits) -> dict[str, object]:
@@ -363,20 +361,14 @@ def _tools(request: pb.GenerateRequest, entry: Entry, shortfalls: Shortfalls) ->
             found["tool_choice"] = "required"
     elif choice.mode == pb.ToolChoice.MODE_NONE:
         found["tool_choice"] = "none"
-    found["tools"] = [
-        {
-            "type": "function",
-            "function": {
-                "name": tool.name,
-                "description": tool.description,
-                "parameters": _schema(tool.parameters_json_schema)
-                if tool.parameters_json_schema
-                else {"type": "object", "properties": {}},
-            },
-        }
-        for tool in tools
-    ]
+    found["tools"] = [{"type": "function", "function": _function(tool)} for tool in tools]
     return found
+
+
+def _function(tool: pb.Tool) -> dict[str, object]:
+    nothing: JsonObject = {"type": "object", "properties": {}}
+    parameters = _schema(tool.parameters_json_schema) if tool.parameters_json_schema else nothing
+    return {"name": tool.name, "description": tool.description, "parameters": parameters}
 
 
 def _output_format(wanted: pb.OutputFormat, shortfalls: Shortfalls) -> dict[str, object]:
@@ -400,7 +392,9 @@ def _json_format(schema: JsonValue) -> dict[str, object]:
     return {"response_format": {"type": "json_schema", "json_schema": shape}}
 
 
-def _reasoning(effort: pb.ReasoningEffort, entry: Entry, shortfalls: Shortfalls) -> dict[str, object]:
+def _reasoning(
+    effort: pb.ReasoningEffort.ValueType, entry: Entry, shortfalls: Shortfalls
+) -> dict[str, object]:
     word = _EFFORTS.get(effort)
     if word is None:
         return {}

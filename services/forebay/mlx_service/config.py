@@ -22,7 +22,9 @@ class MlxSettings(ServerSettings):
         (), description="Folders to search for models: MLX folders and GGUF files, up to three levels deep."
     )
     huggingface_cache: bool = Field(
-        True, description="Whether models in the Hugging Face cache are served too."
+        True,
+        description="Whether models in the Hugging Face cache are served too, and models of the hub are "
+        "fetched into it. Otherwise they are kept apart, in `cache_dir`.",
     )
     cache_dir: Path = Field(
         default_factory=default_cache_dir,

@@ -138,11 +138,18 @@ async def import_gguf(source: Path, folder: Path, progress: Report) -> Path:
     async with _locked(folder, progress), _scratch(folder) as scratch:
         if is_complete(folder):
             return folder
-        progress(Progress(what=f"converting {source.name}"))
+        what = f"converting {source.name}"
+        total = _size(source)
+        progress(Progress(what=what, total=total))
+
+        def on_line(line: str) -> None:
+            with contextlib.suppress(ValueError, KeyError, TypeError):
+                fraction = min(1.0, float(json.loads(line)["fraction"]))
+                progress(Progress(what=what, done=int(fraction * total), total=total))
+
         partial = scratch / folder.name
-        ended = await run_tool(
-            [sys.executable, "-m", "forebay.mlx_service.models.gguf_import", str(source), str(partial)]
-        )
+        argv = [sys.executable, "-m", "forebay.mlx_service.models.gguf_import", str(source), str(partial)]
+        ended = await run_tool(argv, on_line=on_line)
         if ended.code != 0:
             raise ModelLoadFailed(
                 f"{source.name} cannot be converted for MLX: {ended.last}", metadata={"file": source.name}
@@ -391,7 +398,11 @@ def file_digest(path: Path) -> str:
 
 def _has_size(path: Path, size: int) -> bool:
     """Whether a file is there whole. It was checked when it was moved in; its size shows later damage."""
-    return path.is_file() and path.stat().st_size == size
+    return path.is_file() and _size(path) == size
+
+
+def _size(path: Path) -> int:
+    return path.stat().st_size
 
 
 def _made(folder: Path) -> Path:

@@ -69,8 +69,10 @@ class Fetches:
         """
         if id_ not in self._running:
             fetch = _Fetch()
-            task = self._tasks.create_task(self._run(id_, fetch, work), name=f"fetch {id_}")
+            task = self._tasks.create_task(self._run(fetch, work), name=f"fetch {id_}")
             self._running[id_] = fetch, task
+            # Not in the task itself: one that is cancelled before its first step never runs a line.
+            task.add_done_callback(lambda _: self._end(id_, fetch))
         fetch, _ = self._running[id_]
         told: Progress | None = None
         while True:
@@ -90,12 +92,14 @@ class Fetches:
             raise BackendUnavailable(f"the fetch of {id_} was broken off because the service is stopping")
         return fetch.path
 
-    async def _run(self, id_: str, fetch: _Fetch, work: Work) -> None:
+    @staticmethod
+    async def _run(fetch: _Fetch, work: Work) -> None:
         try:
             fetch.path = await work(fetch.report)
         except Exception as error:  # noqa: BLE001 - it belongs to those who wait, and they get it
             fetch.error = error
-        finally:
-            del self._running[id_]
-            fetch.is_over = True
-            fetch.notify()
+
+    def _end(self, id_: str, fetch: _Fetch) -> None:
+        del self._running[id_]
+        fetch.is_over = True
+        fetch.notify()

@@ -159,9 +159,7 @@ class MlxEngine:
             )
             await send(models_pb.PullModelResponse(progress=progress))
 
-        await self._fetch(request.model, report)
-        self._registry.forget()
-        entry = await self._registry.find(request.model)
+        entry = await self._pull(request.model, report)
         pulled = models_pb.ModelPulled(model=await self._describe(entry))
         await send(models_pb.PullModelResponse(pulled=pulled))
 
@@ -212,6 +210,15 @@ class MlxEngine:
         if entry.fault:
             raise ModelLoadFailed(f"{entry.id} cannot be loaded: {entry.fault}", metadata={"model": entry.id})
         return entry.id, lambda report: self._registry.folder(entry, report)
+
+    async def _pull(self, name: str, tell: Tell) -> Entry:
+        """Returns a model that is here in the end. Only the default model and the hub's can be fetched."""
+        if name != self._default.id and "/" not in name:
+            with contextlib.suppress(ModelNotFound):
+                return await self._registry.find(name)
+        await self._fetch(name, tell)
+        self._registry.forget()
+        return await self._registry.find(name)
 
     async def _fetch_default(self, report: Report) -> Path:
         async def tell(step: Progress) -> None:

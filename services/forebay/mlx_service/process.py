@@ -96,7 +96,7 @@ class WorkerProcess:
     ) -> None:
         self.pid = process.pid
         self.is_bound = False
-        """Whether its socket is there. Connecting earlier fails, and then gRPC waits before it tries again."""
+        """Whether its socket is there. Connecting too early fails, and then gRPC waits before it retries."""
         self.stub: InferenceServiceAsyncStub = inference_pb2_grpc.InferenceServiceStub(channel)
         self.tail = Tail()
         self._check: grpc.aio.UnaryUnaryMultiCallable[

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from pathlib import Path
 
 from forebay.kit import process
 from forebay.kit.server import Serving, serving
@@ -20,7 +21,6 @@ async def serve(settings: MlxSettings, telemetry: Telemetry) -> None:
     A model of the start that cannot be loaded does not keep the service from
     serving the others; it is listed with its reason.
     """
-    hub_cache = hub_cache_dir()
     launcher = Launcher(
         name=settings.name, arguments=worker_arguments(settings), grace=settings.stop_grace.total_seconds()
     )
@@ -33,7 +33,7 @@ async def serve(settings: MlxSettings, telemetry: Telemetry) -> None:
                     roots(settings), aliases=settings.aliases, imports=Imports(settings.cache_dir / "imports")
                 ),
                 supervisor=supervisor,
-                hub_cache=hub_cache,
+                hub_cache=hub_folder(settings),
             ) as engine,
             serving(settings, inference=engine, models=engine, telemetry=telemetry) as server,
             process.stop_requests() as stopped,
@@ -56,9 +56,13 @@ def roots(settings: MlxSettings) -> list[Root]:
     """Returns where models are looked for; of two with one name the earlier is served."""
     found = [Root(path=path.expanduser(), required=True) for path in settings.model_folders]
     found.append(Root(path=settings.cache_dir / "models", removable=True))
-    if settings.huggingface_cache:
-        found.append(Root(path=hub_cache_dir(), hub=True, removable=True))
+    found.append(Root(path=hub_folder(settings), hub=True, removable=True))
     return found
+
+
+def hub_folder(settings: MlxSettings) -> Path:
+    """Returns where models of the hub are kept: with those of other programs, or apart from them."""
+    return hub_cache_dir() if settings.huggingface_cache else settings.cache_dir / "hub"
 
 
 def worker_arguments(settings: MlxSettings) -> list[str]:

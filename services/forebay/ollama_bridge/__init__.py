@@ -1,0 +1,1 @@
+"""The bridge between the contract and an Ollama server."""

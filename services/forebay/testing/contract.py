@@ -59,10 +59,6 @@ PIXEL = bytes.fromhex(
     "0104010098e4b6d20000000049454e44ae426082"
 )
 
-STOP_SECONDS = 5.0
-"""Longest time until a cancelled generation has stopped. Ours take milliseconds; a framework may finish a
-token of a slow model first."""
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Target:
@@ -90,6 +86,9 @@ class Target:
     """Changes a request so that its reply takes some seconds, where asking for many tokens is not enough."""
     active: Callable[[], Awaitable[int]] | None = None
     """Returns how many generations run behind it, where that can be seen."""
+    stop_seconds: float = 5.0
+    """Longest time until a cancelled generation has stopped. Ours take milliseconds; a framework may finish a
+    token of a slow model first."""
     manages_models: bool = True
     """Whether it serves `ModelService`, with loading and unloading."""
     reflects: bool = True
@@ -620,7 +619,7 @@ class ContractSuite:
             await peer.generate(self.ask(target, tokens=2))
             return
         loop = asyncio.get_running_loop()
-        until = loop.time() + STOP_SECONDS
+        until = loop.time() + target.stop_seconds
         while (count := await target.active()) and loop.time() < until:  # noqa: ASYNC110 - the target has no event for us
             await asyncio.sleep(0.01)
         assert count == 0, f"{count} generations still run"

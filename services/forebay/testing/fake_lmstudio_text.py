@@ -50,6 +50,7 @@ _WORDS = (
     "turbine",
 )
 
+_WANTED = re.compile(r"\b(\d{1,5}) words\b")
 _TOKEN = re.compile(r"\s*\S+|\s+")
 
 
@@ -72,9 +73,13 @@ def _bytes(*parts: object) -> Iterator[int]:
 
 
 def answer(prompt: str, *, model: str, seed: int | None, kind: str = "answer") -> list[str]:
-    """Returns the tokens of an answer: 8 to 16 words that depend on prompt, model and seed."""
+    """Returns the tokens of an answer: words that depend on prompt, model and seed.
+
+    There are 8 to 16 of them, or as many as the prompt asks for in words such as `200 words`.
+    """
     source = _bytes(kind, model, seed, prompt)
-    length = 8 + next(source) % 9
+    wanted = _WANTED.findall(prompt)
+    length = max(2, int(wanted[-1])) if wanted else 8 + next(source) % 9
     words = [_WORDS[next(source) % len(_WORDS)] for _ in range(length)]
     return [words[0].capitalize(), *(f" {word}" for word in words[1:-1]), f" {words[-1]}."]
 

@@ -23,6 +23,10 @@ _CHUNK_BYTES = 16 * 1024
 _LINGER_AND_RESET = struct.pack("ii", 1, 0)
 """SO_LINGER of zero seconds: closing sends RST instead of FIN."""
 
+_LINGER_SECONDS = 2.0
+"""How long a peer may go on after its connection was closed: many times what a loaded machine needs to
+notice, and short beside any test's bound."""
+
 
 @dataclass(slots=True)
 class Toxics:
@@ -145,7 +149,7 @@ class FaultProxy:
                     pumps.create_task(self._pump(link, "down", up_reader, writer)),
                 ]
         finally:
-            link.cut(reset=False)
+            link.shut()
             self._links.discard(link)
 
     async def _pump(
@@ -160,6 +164,8 @@ class FaultProxy:
                     delay += len(data) / toxics.bandwidth
                 await asyncio.sleep(delay)
                 await self._flowing.wait()
+                if direction in link.ended:
+                    continue
                 room = len(data) if toxics.cut_after is None else max(0, toxics.cut_after - passed)
                 writer.write(data[:room])
                 await writer.drain()
@@ -167,7 +173,6 @@ class FaultProxy:
                 toxics.byte_count += min(room, len(data))
                 if toxics.cut_after is not None and passed >= toxics.cut_after:
                     link.cut(reset=toxics.cut_with_reset)
-                    return
             await self._flowing.wait()
         link.end(direction)
 
@@ -177,17 +182,36 @@ class _Link:
 
     def __init__(self, client: asyncio.StreamWriter, server: asyncio.StreamWriter) -> None:
         self._sides = {"down": client, "up": server}
+        self._linger: asyncio.TimerHandle | None = None
         self.pumps: list[asyncio.Task[None]] = []
+        self.ended: set[Direction] = set()
 
     def cut(self, *, reset: bool) -> None:
-        for side in self._sides.values():
-            if reset:
+        """Ends the connection.
+
+        In good order that is: FIN to both sides, and reading on until they end too. Closing at once would
+        send RST where bytes are unread, and a RST takes from a peer what it has not read yet.
+        """
+        if reset:
+            self.ended |= {"up", "down"}
+            for side in self._sides.values():
                 _linger(side)
                 side.transport.abort()
-            else:
-                side.close()
+            return
+        self.end("down")
+        self.end("up")
+        self._linger = asyncio.get_running_loop().call_later(_LINGER_SECONDS, self.shut)
+
+    def shut(self) -> None:
+        """Closes both sides, whatever is unread."""
+        if self._linger is not None:
+            self._linger.cancel()
+        for side in self._sides.values():
+            side.close()
 
     def end(self, direction: Direction) -> None:
+        """Ends one direction; what still comes in it is thrown away."""
+        self.ended.add(direction)
         side = self._sides[direction]
         if not side.is_closing() and side.can_write_eof():
             with contextlib.suppress(OSError):  # the peer has closed it already

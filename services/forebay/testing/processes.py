@@ -24,7 +24,7 @@ START_SECONDS = 30.0
 STOP_SECONDS = 20.0
 """Longest wait for a process to end after SIGTERM."""
 
-_LISTENING = re.compile(r"^forebay \S+ listening on (?P<address>\S+)$", re.MULTILINE)
+_LISTENING = re.compile(r"^forebay \S+ listening on (?P<address>\S+)\n", re.MULTILINE)
 
 
 class ServiceProcess:
@@ -178,6 +178,7 @@ class ServiceProcess:
                 process.kill()
         if self._process is not None:
             await self._wait()
+            await self._left(timeout=5.0)
 
     def signal(self, number: signal.Signals) -> None:
         """Sends the process a signal.

@@ -679,17 +679,21 @@ async def _serve(arguments: argparse.Namespace, tracing: telemetry.Telemetry) ->
         settings = ServerSettings.model_validate(
             {"address": arguments.address, "grace": arguments.grace, "notice": arguments.notice}
         )
-        async with serving(
-            settings,
-            inference=None if arguments.raw else engine,
-            models=engine,
-            more=[raw(engine)] if arguments.raw else [],
-            telemetry=tracing,
-        ) as up:
+        # The block of signals is the outer one: a SIGTERM counts from the first moment on.
+        async with (
+            process.stop_requests() as stopped,
+            serving(
+                settings,
+                inference=None if arguments.raw else engine,
+                models=engine,
+                more=[raw(engine)] if arguments.raw else [],
+                telemetry=tracing,
+            ) as up,
+        ):
             process.announce("scripted", up.address)
             await asyncio.sleep(arguments.ready_delay)
             await up.set_ready(True)
-            await process.until_stopped()
+            await stopped.wait()
 
 
 def _models(arguments: argparse.Namespace, names: Sequence[str]) -> list[ScriptedModel]:

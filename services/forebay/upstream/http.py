@@ -16,6 +16,7 @@
 from __future__ import annotations
 
 import asyncio
+import io
 import os
 import ssl
 from collections.abc import AsyncGenerator, AsyncIterator, Iterable, Mapping
@@ -49,6 +50,7 @@ REPLY_TIMEOUT: Final = 30.0
 
 _KEEPALIVE = 4.0  # llama-server and LM Studio close idle connections after 5 seconds
 _RETRY_AFTER = timedelta(seconds=1)  # a local server that was started again listens after about that
+_LONG_BODY = 1024 * 1024  # aiohttp warns of longer ones that are sent at once
 _ERROR_BODY = 64 * 1024  # an error that takes more room than this is no error message
 _SUFFIXES = ("/api/v1", "/api/v0", "/v1", "/api")
 
@@ -440,7 +442,7 @@ class Upstream:
                 return await session.request(
                     method,
                     url,
-                    data=None if json is None else dump(json),
+                    data=None if json is None else _payload(dump(json)),
                     headers=headers,
                     allow_redirects=False,
                 )
@@ -492,6 +494,11 @@ class Upstream:
                 cookie_jar=aiohttp.DummyCookieJar(),
             )
         )
+
+
+def _payload(body: bytes) -> bytes | io.BytesIO:
+    """Returns what to send. A long body is sent in parts, so that the loop turns between them."""
+    return body if len(body) < _LONG_BODY else io.BytesIO(body)
 
 
 def _json(body: bytes, status: int) -> JsonValue:

@@ -8,6 +8,7 @@ import grpc.aio
 
 from forebay.inference.v1 import inference_pb2 as pb
 from forebay.inference.v1 import inference_pb2_grpc
+from forebay.kit.failure import BackendError, Failure, Internal
 from forebay.kit.pipeline import Call, Request, Send
 from forebay.kit.relay import relay_generate, relay_unary
 from forebay.kit.rpc import CALLER_KEY
@@ -26,7 +27,22 @@ class Channel:
         self._backend = backend
 
     async def __call__(self, call: Call[Request], send: Send) -> None:
-        """Serves a call."""
+        """Serves a call.
+
+        Raises:
+            BackendError: the backend met a fault of its own.
+        """
+        try:
+            await self._relay(call, send)
+        except Failure as failure:
+            if failure.reason != Internal.reason or "backend" not in failure.metadata:
+                raise
+            # "A fault of ours" was said over there. Here it is the backend's, and another may do better.
+            raise BackendError(
+                failure.message, metadata=failure.metadata, retry_after=failure.retry_after
+            ) from failure
+
+    async def _relay(self, call: Call[Request], send: Send) -> None:
         request = call.request
         metadata = ((CALLER_KEY, call.caller),) if call.caller else ()
         if isinstance(request, pb.GenerateRequest):

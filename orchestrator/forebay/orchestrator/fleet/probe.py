@@ -9,8 +9,9 @@ backend's stack, since a wedged generator looks alive from here.
 from __future__ import annotations
 
 import asyncio
-import logging
+import contextlib
 import random
+from datetime import timedelta
 
 import grpc
 import grpc.aio
@@ -24,8 +25,6 @@ from forebay.kit.rpc import INFERENCE_SERVICE
 from forebay.orchestrator.backoff import Backoff
 from forebay.orchestrator.config import ProbeSettings
 from forebay.orchestrator.fleet.endpoint import Endpoint
-
-logger = logging.getLogger(__name__)
 
 
 class Probe:
@@ -105,12 +104,18 @@ class Probe:
         while True:
             if self._endpoint.is_reachable:
                 await self._list()
-            try:
-                async with asyncio.timeout(self._settings.models_interval.total_seconds()):
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(self._interval().total_seconds()):
                     await self._look.wait()
-            except TimeoutError:
-                pass
             self._look.clear()
+
+    def _interval(self) -> timedelta:
+        """Returns how long to wait before the next look."""
+        if self._endpoint.view().are_models_known:
+            return self._settings.models_interval
+        # Without a first list it gets no calls, so what stands in the way is looked at as often as a lost
+        # connection.
+        return min(self._settings.models_interval, self._settings.reconnect_max)
 
     async def _list(self) -> None:
         try:

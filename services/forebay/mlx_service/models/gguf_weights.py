@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -25,6 +26,12 @@ def write(source: Path, target: Path, rename: Callable[[str], str], *, expected:
     Raises:
         GgufError: mlx cannot read the file.
     """
+    # On a thread of its own: one that gave back its streams, as each must in the end, cannot use mlx again.
+    with ThreadPoolExecutor(1) as pool:
+        pool.submit(_write, source, target, rename, expected).result()
+
+
+def _write(source: Path, target: Path, rename: Callable[[str], str], expected: int) -> None:
     try:
         loaded: Any = mx.load(str(source), format="gguf")
         arrays: dict[str, Array] = loaded

@@ -351,8 +351,10 @@ class Engine:
 
     def _run(self) -> None:
         error: BaseException | None = None
+        is_loaded = False
         try:
             self._start_model()
+            is_loaded = True
             self._post(self._finish, self._loaded, None)
             while not self._stopped:
                 self._drain()
@@ -363,7 +365,8 @@ class Engine:
                 self._flush()
         except BaseException as fatal:  # reported: the thread has nobody above it
             error = fatal
-            log.error("the engine ended: %s", type(fatal).__name__, exc_info=fatal)
+            if is_loaded:  # else `start` raises it
+                log.error("the engine ended: %s", type(fatal).__name__, exc_info=fatal)
         finally:
             self._end(error)
 

@@ -17,7 +17,7 @@ from forebay.inference.v1 import inference_pb2 as pb
 from forebay.kit.failure import BackendError, CapabilityUnsupported, InvalidRequest, printable
 from forebay.mlx_service.worker.runtime import mx
 from forebay.mlx_service.worker.sampling import Array, Processor
-from forebay.mlx_service.worker.words import Words
+from forebay.mlx_service.worker.words import Language, Words
 
 KEPT = 32
 """Compiled grammars that are kept. An application asks with a handful of schemas again and again."""
@@ -32,44 +32,40 @@ class Grammar:
 
     Args:
         matcher: at the beginning of the format.
-        think_tokens: begin and end of reasoning, which is free of the format; None if the model has none.
+        language: tells the tokens that end a reply, and those around reasoning, which is free of the format.
         is_thinking: whether replies begin inside reasoning.
     """
 
-    def __init__(
-        self, matcher: llguidance.LLMatcher, *, think_tokens: tuple[int, int] | None, is_thinking: bool
-    ) -> None:
+    def __init__(self, matcher: llguidance.LLMatcher, language: Language, *, is_thinking: bool) -> None:
         self._matcher = matcher
-        self._think_tokens = think_tokens
+        self._language = language
         self._is_thinking = is_thinking
 
     def processor(self, prompt_count: int) -> Processor:
         """Returns a processor for one reply."""
-        return _Follow(self._matcher.deep_copy(), prompt_count, self._think_tokens, self._is_thinking)
+        matcher = self._matcher.deep_copy()
+        return _Follow(matcher, self._language, position=prompt_count, is_thinking=self._is_thinking)
 
 
 class _Follow:
     """Follows one reply through its format."""
 
     def __init__(
-        self,
-        matcher: llguidance.LLMatcher,
-        position: int,
-        think_tokens: tuple[int, int] | None,
-        is_thinking: bool,
+        self, matcher: llguidance.LLMatcher, language: Language, *, position: int, is_thinking: bool
     ) -> None:
         self._matcher = matcher
+        self._ends = sorted(language.end_tokens)
         self._position = position
-        self._think_tokens = think_tokens
+        self._think_tokens = language.think_tokens
         self._is_thinking = is_thinking
-        self._may_think = think_tokens is not None and not is_thinking
+        self._may_think = language.think_tokens is not None and not is_thinking
 
     def __call__(self, tokens: Array, logits: Array) -> Array:
         # Waits for the step before: the next mask depends on the token that it picks.
         for token in tokens[self._position :].tolist():
             self._consume(token)
             self._position += 1
-        if self._is_thinking or self._matcher.is_stopped():
+        if self._is_thinking:
             return logits
         return mx.where(mx.array(self._allowed(logits.shape[-1]))[None], logits, -mx.inf)
 
@@ -86,10 +82,13 @@ class _Follow:
                 raise BackendError("the reply left its output format")
 
     def _allowed(self, width: int) -> np.ndarray:
+        allowed = np.zeros(width, bool)  # a model's vocabulary may be padded beyond the tokenizer's
+        if self._matcher.is_stopped():
+            allowed[self._ends] = True  # the format is complete
+            return allowed
         bits = np.unpackbits(np.frombuffer(self._matcher.compute_bitmask(), np.uint8), bitorder="little")
         if self._matcher.is_error():
             raise BackendError("the output format became too complex to follow")
-        allowed = np.zeros(width, bool)  # a model's vocabulary may be padded beyond the tokenizer's
         allowed[: min(width, bits.size)] = bits[:width]
         if self._may_think and self._think_tokens is not None:
             allowed[self._think_tokens[0]] = True
@@ -127,7 +126,7 @@ class Grammars:
                 metadata={"field": "output_format"},
             )
         matcher = await self._words.run(lambda: self._matcher(wanted))
-        return Grammar(matcher, think_tokens=language.think_tokens, is_thinking=is_thinking)
+        return Grammar(matcher, language, is_thinking=is_thinking)
 
     def _matcher(self, wanted: pb.OutputFormat) -> llguidance.LLMatcher:
         kind = wanted.WhichOneof("constraint") or ""

@@ -57,7 +57,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: the command line without the program's name; None takes the process's own.
     """
     options = _parse(argv)
-    if _is_pipe(sys.stdin.fileno()):
+    if _is_pipe(0):
         os.environ[process.STDIN_VARIABLE] = "1"
     try:
         sections = load({"log": LogSettings, "telemetry": TelemetrySettings}, path=options.config)
@@ -105,15 +105,24 @@ async def _serve(options: argparse.Namespace, settings: ServerSettings, tracing:
             async with _watching(stopped, options.parent_pid):
                 loading = asyncio.create_task(_load(words, engine))
                 await _first(loading, stopped)
-                if loading.done():
-                    loading.result()
+                failure = loading.exception() if loading.done() else None
+                if loading.done() and failure is None:
                     log.info("%s is loaded: %s", served.model_id, engine.stats())
                     await up.set_ready(True, "the model is loaded")
                     await _serve_until(stopped, up, engine, options.stall_limit)
                 is_loaded = loading.done()
                 loading.cancel()
         words.close()
-        return await _end(engine, is_loaded=is_loaded, is_asked=stopped.is_set())
+        code = await _end(engine, is_loaded=is_loaded, is_asked=stopped.is_set())
+    if failure is not None:
+        raise _load_failure(failure) from failure  # last, so that nothing is said after it
+    return code
+
+
+def _load_failure(error: BaseException) -> ModelLoadFailed:
+    if isinstance(error, ModelLoadFailed):
+        return error
+    return ModelLoadFailed(f"the model is loaded and cannot be run: {type(error).__name__}: {error}")
 
 
 async def _load(words: Words, engine: Engine) -> None:
@@ -125,7 +134,7 @@ async def _serve_until(stopped: asyncio.Event, up: Serving, engine: Engine, stal
     """Serves until a stop is asked for or the engine ends. While a step takes too long, health says so."""
     is_moving = True
     while not stopped.is_set() and not engine.has_ended:
-        moves = engine.stats().last_step_age < stall_limit
+        moves = engine.stats().last_step_age <= stall_limit
         if moves is not is_moving:
             is_moving = moves
             await up.set_ready(moves, "" if moves else f"a step takes longer than {stall_limit:g} s")
@@ -177,7 +186,10 @@ def _context(made_for: int, wanted: int | None) -> int:
 
 
 def _is_pipe(descriptor: int) -> bool:
-    mode = os.fstat(descriptor).st_mode
+    try:
+        mode = os.fstat(descriptor).st_mode
+    except OSError:  # it is closed: there is nobody to watch
+        return False
     return stat.S_ISFIFO(mode) or stat.S_ISSOCK(mode)
 
 

@@ -451,6 +451,9 @@ class _Reply:
                 segments += self._end(reason)
             await self._deltas(segments, send)
             if reason is not None:
+                if self._splitter.stopped is None and (self._pending.ids or self._pending.logprobs):
+                    # Tokens whose text never became whole, such as half a character at the limit.
+                    await self._deltas([Segment(Kind.ANSWER, "")], send)
                 await self._finish(reason, send)
                 return
 

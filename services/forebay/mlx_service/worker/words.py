@@ -188,7 +188,7 @@ class Words:
             end_tokens=frozenset(int(t) for t in tokenizer.eos_token_ids),
             think_tokens=(int(starts[0]), int(ends[0])) if single else None,
             tool_parser=tokenizer.tool_parser if takes_tools else None,
-            has_template=bool(tokenizer.has_chat_template),
+            has_template=bool(tokenizer.has_chat_template) and template != "",
             takes_effort=frozenset(
                 name for name in ("enable_thinking", "reasoning_effort") if name in source
             ),
