@@ -59,24 +59,27 @@ def _toml(value: object) -> str:
     return json.dumps(value, ensure_ascii=False)
 
 
-def _inner(kind: type[Settings], name: str) -> tuple[type[Settings] | None, bool]:
-    """Returns the settings inside a field, if there are any, and whether it holds several."""
+def _inner(kind: type[Settings], name: str) -> tuple[type[Settings] | None, str]:
+    """Returns the settings inside a field, if there are any, and whether as one, a `list` or a `table`."""
     annotation = kind.model_fields[name].annotation
     if isinstance(annotation, type) and issubclass(annotation, Settings):
-        return annotation, False
+        return annotation, "one"
     for argument in get_args(annotation):
         if isinstance(argument, type) and issubclass(argument, Settings):
-            return argument, True
-    return None, False
+            return argument, "table" if str in get_args(annotation) else "list"
+    return None, ""
+
+
+_MARKS = {"one": "", "list": "[]", "table": ".NAME"}
 
 
 def _keys(kind: type[Settings], path: str = "") -> Iterator[tuple[str, type[Settings], str]]:
     for name in kind.model_fields:
-        inner, several = _inner(kind, name)
-        if inner is None or several:
+        inner, shape = _inner(kind, name)
+        if inner is None or shape != "one":
             yield f"{path}{name}", kind, name
         if inner is not None:
-            yield from _keys(inner, f"{path}{name}{'[]' if several else ''}.")
+            yield from _keys(inner, f"{path}{name}{_MARKS[shape]}.")
 
 
 def section(name: str) -> str:
@@ -111,9 +114,9 @@ def _example_section(header: str, kind: type[Settings], path: str) -> list[str]:
     lines.append(header)
     nested: list[str] = []
     for name, field in kind.model_fields.items():
-        inner, several = _inner(kind, name)
+        inner, shape = _inner(kind, name)
         if inner is not None:
-            mark = "[[{}]]" if several else "[{}]"
+            mark = {"one": "[{}]", "list": "[[{}]]", "table": '[{}."NAME"]'}[shape]
             commented = _example_section(f"# {mark.format(f'{path}.{name}')}", inner, f"{path}.{name}")
             nested += ["", *commented]
             continue

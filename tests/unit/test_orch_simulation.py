@@ -76,6 +76,8 @@ class PlayedBackend:
         self.name = name
         self.chance = chance
         self.fault_rate = chance.choice([0.0, 0.1, 0.5, 1.0])
+        self.only_before = False
+        """Whether it only ever fails before its first delta, and never by refusing the caller."""
         self.attempts = 0
         self.active = 0
         self.endpoint: Endpoint
@@ -97,6 +99,8 @@ class PlayedBackend:
         chance = self.chance
         fails_at = chance.randint(-1, 3) if chance.random() < self.fault_rate else 99
         await asyncio.sleep(chance.expovariate(5.0))
+        if self.only_before and fails_at < 99:
+            raise BackendUnavailable("as played", metadata={"backend": self.name})
         if fails_at == -1:
             raise self._fault()
         await send(pb.GenerateResponse(started=pb.Started(backend=self.name, model="m")))
@@ -275,3 +279,40 @@ def test_whatever_happens_the_promises_hold(block: int) -> None:
 @pytest.mark.parametrize("seed", [1, 2, 3])
 def test_one_seed_is_one_schedule(seed: int) -> None:
     assert play(seed) == play(seed)
+
+
+class Steady(Simulation):
+    """Many calls on three backends whose fault rates are given, without flapping."""
+
+    def __init__(self, *fault_rates: float) -> None:
+        super().__init__(7)
+        for backend, rate in zip(self.backends, fault_rates, strict=True):
+            backend.fault_rate = rate
+            backend.only_before = True
+
+    async def hold(self, calls: int) -> tuple[int, int]:
+        """Returns how many calls were served, and in how many attempts."""
+        async with asyncio.TaskGroup() as group:
+            for _ in range(calls):
+                await asyncio.sleep(self.chance.expovariate(20.0))
+                group.create_task(self._call(is_impatient=False))
+        return self.outcomes["done"], sum(backend.attempts for backend in self.backends)
+
+
+def hold(*fault_rates: float, calls: int) -> tuple[int, int, float]:
+    async def body() -> tuple[int, int, float]:
+        served, attempts = await Steady(*fault_rates).hold(calls)
+        return served, attempts, now()
+
+    return run(body())
+
+
+def test_half_the_calls_failing_on_one_of_three_backends_is_not_noticed() -> None:
+    served, attempts, _ = hold(0.5, 0.0, 0.0, calls=3000)
+    assert served >= 0.999 * 3000
+    assert attempts <= 1.05 * 3000  # the breaker keeps calls away, so few had to be made twice
+
+
+def test_all_backends_failing_cannot_multiply_the_calls() -> None:
+    _, attempts, seconds = hold(1.0, 1.0, 1.0, calls=3000)
+    assert attempts <= 1.2 * 3000 + 10.0 * (seconds + 1.0)
