@@ -418,7 +418,7 @@ def _take_file(
             metadata={"model": model.id, "file": name},
         ) from error
     with source, target.open("wb") as out:
-        digest = _copy(source, out, f"unpacking {name}", wanted.size, stop, report)
+        digest = _copy(source, out, f"unpacking {wanted.path}", wanted.size, stop, report)
     _check(model, name, digest, wanted.sha256)
 
 
