@@ -191,8 +191,9 @@ def tensors(file: Path) -> dict[str, np.ndarray]:
     length = int.from_bytes(data[:8], "little")
     header = json.loads(data[8 : 8 + length])
     kinds = {"F32": np.float32, "I64": np.int64}
+    body = memoryview(data)[8 + length :]
     return {
-        name: np.frombuffer(data[8 + length :][slice(*entry["data_offsets"])], kinds[entry["dtype"]]).reshape(
+        name: np.frombuffer(body[slice(*entry["data_offsets"])], kinds[entry["dtype"]]).reshape(
             entry["shape"]
         )
         for name, entry in header.items()

@@ -43,6 +43,9 @@ MOST_LANES = 8
 LEAST_PART = 32
 """Tokens that are worth a lane of their own."""
 
+PROBE_SECONDS = 0.5
+"""A device that takes longer for that batch is too slow for compiling to matter."""
+
 QUEUE_TOKENS = 4_000_000
 """Tokens that may wait: 16 MB. They are minutes of work for a laptop."""
 
@@ -284,15 +287,21 @@ class EmbeddingEngine:
         texts, tokens = PROBE
         tokens = min(tokens, self._longest)
         probe = [pack([0] * tokens)] * texts
-        self._forward(probe)  # the first run of a shape may compile kernels
-        began = time.monotonic()
-        self._forward(probe)
-        self._token_seconds = (time.monotonic() - began) / (texts * tokens)
+        took = self._timed(probe)
+        if took <= PROBE_SECONDS:  # what the first run of a shape compiles does not count
+            took = self._timed(probe)
+        self._token_seconds = took / (texts * tokens)
         if self._budget is None:
             fits = [budget for budget in BUDGETS if budget * self._token_seconds <= BATCH_SECONDS]
             self._batcher.budget = max(fits, default=BUDGETS[0])
         mx.clear_cache()
         self._memory_bytes = int(mx.get_active_memory())
+
+    def _timed(self, texts: Sequence[bytes]) -> float:
+        """Embeds texts and returns the seconds that took."""
+        began = time.monotonic()
+        self._forward(texts)
+        return time.monotonic() - began
 
     def _drain(self) -> None:
         """Runs the commands that came. With nothing to embed it sleeps until one does."""
