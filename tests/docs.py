@@ -83,7 +83,8 @@ def exit_codes() -> str:
         assert isinstance(code.value, ast.Constant)
         assert isinstance(meaning, ast.Expr)
         assert isinstance(meaning.value, ast.Constant)
-        lines.append(f"| {code.value.value} | {meaning.value.value} |")
+        text = str(meaning.value.value).replace("|", "\\|")
+        lines.append(f"| {code.value.value} | {text} |")
     return "\n".join(lines)
 
 
