@@ -175,6 +175,8 @@ async def test_prompts_are_the_model_s_own_and_chosen_by_name(tmp_path):
         assert await running.vectors("mill") == await running.vectors("the river mill", **prompted(""))
         assert await running.vectors("mill") == await running.vectors("mill", **prompted("query"))
         assert await running.vectors("mill") != plain
+        counted = await running.service.count_tokens(conversation(pb.Part(text="mill")))
+        assert counted.token_count == (await running.embed("mill", "mill")).usage.prompt_token_count == 10
         with pytest.raises(InvalidRequest, match="the model's prompts are: document, query"):
             await running.embed("mill", **prompted("search"))
 

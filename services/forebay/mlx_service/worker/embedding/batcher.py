@@ -25,12 +25,15 @@ WASTE = 0.25
 ALIGNMENT = 8
 """Batches are padded to a multiple of this many tokens, so that shapes, and with them buffers, repeat."""
 
+SHORT = 16
+"""Up to so many tokens batches are not padded: there are few such lengths, and padding costs them most."""
+
 WaiterT = TypeVar("WaiterT", bound=Hashable)
 
 
 def padded(length: int) -> int:
     """Returns the tokens that a text of such length takes in a batch whose longest text it is."""
-    return -(-length // ALIGNMENT) * ALIGNMENT
+    return length if length <= SHORT else -(-length // ALIGNMENT) * ALIGNMENT
 
 
 @dataclass(slots=True, eq=False)

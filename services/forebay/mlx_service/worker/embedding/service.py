@@ -137,7 +137,9 @@ class EmbeddingService:
                 f"model {self._served.model_id} takes no tools",
                 metadata={"field": "tools", "capability": "tools", "model": self._served.model_id},
             )
-        found = await self._texts.tokens(["".join(part.text for part in m.parts) for m in request.messages])
+        prompt = self._prompts.get(self._served.recipe.default_prompt, "")
+        texts = [prompt + "".join(part.text for part in message.parts) for message in request.messages]
+        found = await self._texts.tokens(texts)
         return pb.CountTokensResponse(
             token_count=sum(map(_count, found)), backend=self._served.backend, model=self._served.model_id
         )
