@@ -12,10 +12,12 @@ from forebay.fleet.v1 import fleet_pb2_grpc
 from forebay.kit.channel import connect
 from forebay.kit.rpc import Edge
 from forebay.kit.telemetry import Telemetry, off
+from forebay.orchestrator.admission import Admission
 from forebay.orchestrator.budget import RetryBudget
 from forebay.orchestrator.clock import Clock
 from forebay.orchestrator.config import BackendSettings, OrchestratorSettings
 from forebay.orchestrator.engine import Engine, Models
+from forebay.orchestrator.fleet.capacity import Capacity
 from forebay.orchestrator.fleet.channel import Channel
 from forebay.orchestrator.fleet.endpoint import Endpoint
 from forebay.orchestrator.fleet.feed import Feed
@@ -57,8 +59,20 @@ class Orchestrator:
             per_second=settings.retry.budget_per_second,
             clock=self._clock,
         )
+        self.admission = Admission(
+            queue=settings.admission.queue,
+            queue_bytes=settings.admission.queue_bytes,
+            ageing=settings.admission.ageing.total_seconds(),
+            capacity=Capacity(self.fleet, unknown=settings.admission.concurrency, clock=self._clock),
+            clock=self._clock,
+        )
         service = request_stack(
-            settings, fleet=self.fleet, router=self.router, budget=budget, source=self._source
+            settings,
+            fleet=self.fleet,
+            router=self.router,
+            budget=budget,
+            source=self._source,
+            admission=self.admission,
         )
         self.inference = Engine(fleet=self.fleet, service=service, default_model=settings.default_model)
         self.models = Models(fleet=self.fleet, management=self._management)

@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, StringConstraints, model_validator
 
-from forebay.kit.config import Address, Duration, ServerSettings, Settings
+from forebay.kit.config import Address, ByteSize, Duration, ServerSettings, Settings
 
 Name = Annotated[str, StringConstraints(pattern=r"^[a-z0-9]([a-z0-9_-]{0,38}[a-z0-9])?$")]
 """A backend's name: it appears in answers, spans and metric labels, so it is short and plain."""
@@ -126,6 +126,37 @@ class RetrySettings(Settings):
     )
 
 
+class AdmissionSettings(Settings):
+    """How many calls run at once, and how the others wait."""
+
+    concurrency: int = Field(
+        default=256,
+        ge=1,
+        description="Calls at once on a backend whose slots are not known. Known are those of "
+        "`backends.slots` and those that a backend lists for a model.",
+    )
+    queue: int = Field(
+        default=256,
+        ge=0,
+        description="Calls that may wait before others are refused. 256 keep ten people busy for an hour on "
+        "one machine; who waits longer has left.",
+    )
+    queue_bytes: ByteSize = Field(
+        default=2**28, description="Bytes that the requests of waiting calls may have together."
+    )
+    ageing: Duration = Field(
+        default=timedelta(seconds=15),
+        description="Waiting that makes a call as urgent as the next level: batch becomes normal, and after "
+        "twice as long interactive.",
+    )
+
+    @model_validator(mode="after")
+    def _check_ageing(self) -> AdmissionSettings:
+        if self.ageing <= timedelta(0):
+            raise ValueError("ageing must be longer than 0")
+        return self
+
+
 class ScorerWeights(Settings):
     """How much each score counts when backends are compared."""
 
@@ -187,6 +218,9 @@ class OrchestratorSettings(ServerSettings):
     )
     retry: RetrySettings = Field(
         default_factory=RetrySettings, description="How often calls are tried again."
+    )
+    admission: AdmissionSettings = Field(
+        default_factory=AdmissionSettings, description="How calls wait for their turn."
     )
     scorers: ScorerWeights = Field(default_factory=ScorerWeights, description="How backends are compared.")
     picker: Literal["best", "two"] = Field(

@@ -15,10 +15,12 @@ from forebay.kit.layers.limit import Limit
 from forebay.kit.layers.measure import Measure
 from forebay.kit.layers.watchdog import Watchdog
 from forebay.kit.pipeline import Layer, Service, stack
+from forebay.orchestrator.admission import Admission
 from forebay.orchestrator.budget import RetryBudget
 from forebay.orchestrator.clock import Clock
 from forebay.orchestrator.config import OrchestratorSettings
 from forebay.orchestrator.fleet.endpoint import Endpoint
+from forebay.orchestrator.layers.admit import Admit
 from forebay.orchestrator.layers.deadline import Deadline
 from forebay.orchestrator.layers.fallback import Fallback
 from forebay.orchestrator.layers.guard import Guard
@@ -34,6 +36,7 @@ def request_stack(
     router: Router,
     budget: RetryBudget,
     source: random.Random,
+    admission: Admission,
 ) -> Service:
     """Returns the stack that every call goes down once.
 
@@ -43,6 +46,7 @@ def request_stack(
         router: decides between them.
         budget: retries that all calls share.
         source: where jitter comes from.
+        admission: the queue before all backends.
     """
     return stack(
         # On top, so that it bounds every wait below, those between attempts included.
@@ -52,6 +56,8 @@ def request_stack(
             longest=settings.max_deadline,
             margin=settings.deadline_margin,
         ),
+        # Above Fallback, so that a call keeps its place over its attempts.
+        lambda inner: Admit(inner, admission=admission),
         # Above Route, so that each attempt is decided anew over the fleet as it then is. It holds the commit
         # gate, so nothing between it and the backend may keep events back.
         lambda inner: Fallback(inner, settings=settings.retry, budget=budget, source=source),
