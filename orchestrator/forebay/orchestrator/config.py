@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib.util
+import re
 from datetime import timedelta
 from pathlib import Path
 from typing import Annotated, Literal
@@ -157,6 +159,37 @@ class AdmissionSettings(Settings):
         return self
 
 
+class CacheSettings(Settings):
+    """Where replies and embeddings are kept for callers who ask for that."""
+
+    max_bytes: ByteSize = Field(
+        default=2**26, description="Bytes of memory for stored answers. 0 switches the cache off."
+    )
+    ttl: Duration = Field(default=timedelta(hours=1), description="How long an answer is kept.")
+    url: str = Field(
+        default="",
+        description="Valkey or Redis server that keeps the answers instead of this process, such as "
+        "`redis://127.0.0.1:6379/0`. Needs the extra `cache`. If it fails, nothing is found and calls go on.",
+    )
+    timeout: Duration = Field(
+        default=timedelta(milliseconds=50), description="How long that server may take for an answer."
+    )
+    shared: bool = Field(
+        default=False,
+        description="Whether callers are given each other's answers. Off, each sees only their own.",
+    )
+
+    @model_validator(mode="after")
+    def _check_store(self) -> CacheSettings:
+        if self.ttl <= timedelta(0):
+            raise ValueError("ttl must be longer than 0; max_bytes = 0 switches the cache off")
+        if self.url and not re.match(r"(redis|rediss|valkey|valkeys|unix)://", self.url):
+            raise ValueError("url begins with redis://, rediss://, valkey://, valkeys:// or unix://")
+        if self.url and importlib.util.find_spec("redis") is None:
+            raise ValueError("url needs the extra `cache`: pip install 'forebay[cache]'")
+        return self
+
+
 class ScorerWeights(Settings):
     """How much each score counts when backends are compared."""
 
@@ -221,6 +254,14 @@ class OrchestratorSettings(ServerSettings):
     )
     admission: AdmissionSettings = Field(
         default_factory=AdmissionSettings, description="How calls wait for their turn."
+    )
+    cache: CacheSettings = Field(
+        default_factory=CacheSettings, description="Where answers are kept to be given again."
+    )
+    coalesce: Literal["asked", "always", "never"] = Field(
+        default="asked",
+        description="Which identical calls in flight share one reply, if it is greedy or seeded: those that "
+        "`routing.cache` allows to be kept, all, or none.",
     )
     scorers: ScorerWeights = Field(default_factory=ScorerWeights, description="How backends are compared.")
     picker: Literal["best", "two"] = Field(

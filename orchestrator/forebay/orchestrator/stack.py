@@ -7,6 +7,7 @@ a call after everything above it, and its events and failures before.
 from __future__ import annotations
 
 import random
+from collections.abc import Callable
 from datetime import timedelta
 
 from opentelemetry.trace import Tracer
@@ -21,11 +22,14 @@ from forebay.orchestrator.clock import Clock
 from forebay.orchestrator.config import OrchestratorSettings
 from forebay.orchestrator.fleet.endpoint import Endpoint
 from forebay.orchestrator.layers.admit import Admit
+from forebay.orchestrator.layers.coalesce import Coalesce, Spawn
 from forebay.orchestrator.layers.deadline import Deadline
 from forebay.orchestrator.layers.fallback import Fallback
 from forebay.orchestrator.layers.guard import Guard
+from forebay.orchestrator.layers.remember import Remember
 from forebay.orchestrator.layers.route import Fleet, Route
 from forebay.orchestrator.layers.span import Span
+from forebay.orchestrator.replies import Store
 from forebay.orchestrator.routing.router import Router
 
 
@@ -37,6 +41,9 @@ def request_stack(
     budget: RetryBudget,
     source: random.Random,
     admission: Admission,
+    store: Store | None = None,
+    spawn: Spawn | None = None,
+    weights: Callable[[str], str] = lambda model: "",
 ) -> Service:
     """Returns the stack that every call goes down once.
 
@@ -47,7 +54,28 @@ def request_stack(
         budget: retries that all calls share.
         source: where jitter comes from.
         admission: the queue before all backends.
+        store: where answers are kept; None keeps none.
+        spawn: starts tasks that no call owns; None shares no replies.
+        weights: returns what is known of the weights behind a model's name.
     """
+    caching: list[Layer] = []
+    if store is not None:
+        # Above Coalesce and Admit: an answer that is known takes neither a flight nor a permit.
+        caching.append(
+            lambda inner: Remember(inner, store=store, weights=weights, is_shared=settings.cache.shared)
+        )
+    if spawn is not None and settings.coalesce != "never":
+        # Above Admit, so that whoever joins a reply holds no permit, nor a place in the queue.
+        caching.append(
+            lambda inner: Coalesce(
+                inner,
+                spawn=spawn,
+                when=settings.coalesce,
+                longest=settings.max_deadline,
+                weights=weights,
+                is_shared=settings.cache.shared,
+            )
+        )
     return stack(
         # On top, so that it bounds every wait below, those between attempts included.
         lambda inner: Deadline(
@@ -56,6 +84,7 @@ def request_stack(
             longest=settings.max_deadline,
             margin=settings.deadline_margin,
         ),
+        *caching,
         # Above Fallback, so that a call keeps its place over its attempts.
         lambda inner: Admit(inner, admission=admission),
         # Above Route, so that each attempt is decided anew over the fleet as it then is. It holds the commit
