@@ -93,7 +93,7 @@ class Coalesce:
                 self._fly(key, flight, call.with_(deadline=deadline)), f"reply {call.request_id}"
             )
             # A task that is cancelled before its first step never reaches its own end.
-            flight.task.add_done_callback(lambda _: flight.end(_stopped()))
+            flight.task.add_done_callback(lambda _: self._end(key, flight, _stopped()))
         else:
             trace.get_current_span().add_event("forebay.coalesced", {"forebay.events": len(flight.log)})
             if self._on_join is not None:
@@ -123,8 +123,7 @@ class Coalesce:
             failure = Internal(f"{type(error).__name__} in a shared reply")
             failure.__cause__ = error
         finally:
-            self._land(key, flight)
-            flight.end(failure)
+            self._end(key, flight, failure)
 
     async def _take(self, key: bytes, flight: _Flight, event: Event) -> None:
         assert isinstance(event, pb.GenerateResponse), "only replies are shared"
@@ -132,6 +131,10 @@ class Coalesce:
         if flight.bytes > LONGEST_LOG:
             self._land(key, flight)
         await flight.wait_for_followers()
+
+    def _end(self, key: bytes, flight: _Flight, failure: Failure | None) -> None:
+        self._land(key, flight)
+        flight.end(failure)
 
     def _land(self, key: bytes, flight: _Flight) -> None:
         """Lets nobody join any more."""
