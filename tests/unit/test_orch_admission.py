@@ -81,15 +81,24 @@ def test_the_more_urgent_goes_first_whatever_came_first() -> None:
     assert [ticket.urgency for ticket in order[1:]] == [INTERACTIVE, NORMAL, BATCH]
 
 
-def test_waiting_makes_a_call_urgent() -> None:
+def test_of_the_urgent_and_the_aged_each_get_their_share() -> None:
+    desk = Desk(ageing=10.0)
+    running = desk.come()
+    batch = [desk.come(BATCH, caller="batch") for _ in range(10)]
+    desk.now = 20.0
+    urgent = [desk.come(INTERACTIVE) for _ in range(50)]
+    order = desk.drain([running, *batch, *urgent])[1:]
+    assert [ticket.urgency for ticket in order[:16]].count(BATCH) == 2
+    assert [ticket for ticket in order if ticket.urgency is BATCH] == batch
+
+
+def test_before_it_is_aged_a_call_never_goes_before_a_more_urgent_one() -> None:
     desk = Desk(ageing=10.0)
     running = desk.come()
     batch = desk.come(BATCH)
-    desk.now = 20.0
-    interactive = desk.come(INTERACTIVE)
-    desk.finish(running)
-    assert batch.turn is Turn.RUNNING
-    assert interactive.turn is Turn.WAITING
+    desk.now = 19.9
+    urgent = [desk.come(INTERACTIVE) for _ in range(50)]
+    assert desk.drain([running, batch, *urgent])[-1] is batch
 
 
 def test_callers_share_by_tokens_and_not_by_calls() -> None:
@@ -325,6 +334,15 @@ def test_a_call_that_fails_says_nothing_of_how_long_calls_take() -> None:
     assert desk.admission.outlook(desk.come()).seconds is None
 
 
+def test_a_load_of_the_model_says_nothing_of_how_long_calls_take() -> None:
+    desk = Desk()
+    cold = desk.come()
+    desk.now += 70.0
+    desk.admission.leave(cold, tokens=10, aside=60.0)
+    desk.come()
+    assert desk.admission.outlook(desk.come()).seconds == pytest.approx(10.0)
+
+
 def test_any_number_of_callers_and_models_takes_a_bounded_memory() -> None:
     desk = Desk(slots=10)
     kept = desk.come(caller="first")
@@ -391,10 +409,9 @@ class Schedule:
         tokens = self.chance.choice([None, ticket.cost, ticket.cost * self.chance.random() * 3])
         self.desk.admission.leave(ticket, tokens=tokens)
         started = [each for each in waiting if each.turn is Turn.RUNNING]
-        if len(started) == 1:  # nobody who is more urgent, ageing included, and could run is passed over
-            level = max(0, started[0].urgency - int((now - started[0].arrived) / ageing))
-            for other in self.of(Turn.WAITING):
-                assert max(0, other.urgency - int((now - other.arrived) / ageing)) >= level
+        for each in started:  # nobody is passed over by a call that is less urgent, unless that one is aged
+            if now - each.arrived < max(1, each.urgency) * ageing:
+                assert all(other.urgency >= each.urgency for other in self.of(Turn.WAITING))
 
     def leave(self) -> None:
         waiting = self.of(Turn.WAITING)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import random
+from collections import Counter
 
 import pytest
 
@@ -218,6 +219,62 @@ async def test_pictures_and_prompts_are_charged_before_they_are_measured() -> No
         await asyncio.sleep(1)
         assert rig.admission.used("c") == 100 + 125 + 10
     assert rig.admission.used("c") == 11
+
+
+class Overload:
+    """Four slots, a second a call, and three times as many calls as fit, for two minutes."""
+
+    SLOTS, SECONDS = 4, 120
+
+    def __init__(self, seed: int) -> None:
+        self.chance = random.Random(seed)
+        self.done: Counter[str] = Counter()
+        self.came: Counter[str] = Counter()
+        self.late_refusals = 0
+        self.admission = Admission(queue=64, ageing=15.0, capacity=lambda _: self.SLOTS, clock=now)
+        self.layer = Admit(self._work, admission=self.admission)
+
+    async def _work(self, call: Call[Request], send: Send) -> None:
+        seconds = self.chance.uniform(0.5, 1.5)
+        await asyncio.sleep(seconds)
+        usage = pb.Usage(output_token_count=int(seconds * 100))
+        await send(pb.GenerateResponse(finished=pb.Finished(usage=usage)))
+
+    async def client(self, kind: str, priority: pb.Priority.ValueType, rate: float, patience: float) -> None:
+        async with asyncio.TaskGroup() as group:
+            while now() < self.SECONDS:
+                await asyncio.sleep(self.chance.expovariate(rate))
+                group.create_task(self._one(kind, priority, patience))
+
+    async def _one(self, kind: str, priority: pb.Priority.ValueType, patience: float) -> None:
+        self.came[kind] += 1
+        since = now()
+        request = urgent(priority)
+        request.limits.max_output_token_count = 100
+        try:
+            async with asyncio.timeout(patience):
+                await serve(self.layer, request, caller=kind, deadline=since + patience)
+        except (QueueFull, QueueTimeout):
+            return
+        except TimeoutError:
+            self.late_refusals += 1
+            return
+        self.done[kind] += 1
+
+
+@pytest.mark.parametrize("seed", range(3))
+@virtual
+async def test_three_times_too_many_calls_cost_neither_the_urgent_nor_the_goodput(seed: int) -> None:
+    overload = Overload(seed)
+    async with asyncio.TaskGroup() as group:
+        group.create_task(overload.client("chat", pb.PRIORITY_INTERACTIVE, 2.0, 10.0))
+        group.create_task(overload.client("agent", pb.PRIORITY_UNSPECIFIED, 2.0, 30.0))
+        group.create_task(overload.client("job", pb.PRIORITY_BATCH, 8.0, 300.0))
+    assert overload.done["chat"] >= 0.99 * overload.came["chat"]
+    assert overload.done.total() >= 0.9 * overload.SLOTS * overload.SECONDS
+    assert overload.done["job"] > 0, "what can wait is served too"
+    assert overload.late_refusals <= 0.01 * overload.came.total(), "who cannot make it learns so at once"
+    assert (overload.admission.running, overload.admission.waiting) == (0, 0)
 
 
 def endpoint(name: str, *models: pb.Model, slots: int = 0) -> Endpoint:

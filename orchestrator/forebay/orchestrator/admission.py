@@ -1,12 +1,13 @@
 """Who may run and who goes next: the queue before all backends, as synchronous code over an injected clock.
 
-Three questions are answered in this order. *How urgent?* The most urgent level
-goes first; each stretch of `ageing` that a call waits lifts it by a level, so
-that batch work waits long and not for ever. *Whose turn among callers?* That of
-the caller who has used the fewest tokens. A counter and not a deficit round,
-for what a reply takes is known only when it is over, and a counter can be put
-right then. *What if counters mislead?* Every eighth turn is that of the oldest
-call that waited long, so a wait has a bound whatever callers come and go.
+Three questions are answered. *How urgent?* The most urgent go first. *Whose
+turn among callers?* That of the caller who has used the fewest tokens. A
+counter and not a deficit round, for what a reply takes is known only when it
+is over, and a counter can be put right then. *Does anybody starve?* A call
+that waited long is aged, and every eighth turn is that of the oldest aged one.
+Ageing is a share and not a promotion: under a lasting overload everything in
+the queue grows old, and promoted work would crowd out the urgent calls that
+the order is there for.
 
 A call belongs to a pool, its model. A pool has no more calls running than its
 backends have slots, so calls for a busy model do not take the permits of a
@@ -31,10 +32,8 @@ EVERYTHING = ""
 """The pool that every call is in besides its own."""
 
 OLDEST_EVERY = 8
-"""Every how many turns the oldest call goes: an eighth of the fairness buys a bound on every wait."""
-
-_PATIENCE = 3
-"""Stretches of ageing that a call waits before such a turn can be its own: by then it is as urgent as any."""
+"""Every how many turns the oldest aged call goes. An eighth bounds every wait, and leaves the urgent what
+they need while their own load is below seven eighths."""
 
 _WEIGHT = 0.25
 """Weight of the latest call in the averages: four calls after a change, two thirds of it are seen."""
@@ -121,7 +120,8 @@ class Admission:
     Args:
         queue: most calls that wait.
         queue_bytes: most bytes that their requests may have together.
-        ageing: seconds of waiting that lift a call by one level.
+        ageing: seconds after which a normal call is aged. Batch takes twice as long, and an interactive call
+            none, for it has nobody before it but its like.
         capacity: calls that may run at once in a pool; `EVERYTHING` asks for the whole.
         clock: gives the time in seconds.
     """
@@ -139,7 +139,6 @@ class Admission:
         self._queue_bytes = queue_bytes
         self._bytes = 0
         self._ageing = ageing
-        self._patience = _PATIENCE * ageing
         self._capacity = capacity
         self._clock = clock
         self._numbers = itertools.count()
@@ -233,18 +232,19 @@ class Admission:
                 raise _late(seconds, remaining)
         return ticket
 
-    def leave(self, ticket: Ticket, *, tokens: float | None = None) -> None:
+    def leave(self, ticket: Ticket, *, tokens: float | None = None, aside: float = 0.0) -> None:
         """Takes a call out, wherever it is. A second time does nothing.
 
         Args:
             ticket: the call.
             tokens: what it took, if it ran to its end.
+            aside: seconds of it that tell nothing of the pace of calls to come, such as the load of a model.
         """
         if ticket.turn is Turn.WAITING:
             self._forget(ticket, Turn.OVER)
             self.tally.left += 1
         elif ticket.turn is Turn.RUNNING:
-            self._stop(ticket, tokens)
+            self._stop(ticket, tokens, aside)
         self.pump()
 
     def pump(self) -> None:
@@ -298,7 +298,7 @@ class Admission:
         self._used[ticket.caller] = used + ticket.cost
         self.tally.admitted += 1
 
-    def _stop(self, ticket: Ticket, tokens: float | None) -> None:
+    def _stop(self, ticket: Ticket, tokens: float | None, aside: float) -> None:
         self._plan = None
         ticket.turn = Turn.OVER
         del self._running[ticket]
@@ -310,7 +310,7 @@ class Admission:
         taken = max(1.0, tokens)
         if ticket.caller in self._used:
             self._used[ticket.caller] += taken - ticket.cost
-        pace = (self._clock() - ticket.started) / taken
+        pace = max(0.0, self._clock() - ticket.started - aside) / taken
         self._rate = _average(self._rate, pace)
         self._rates[ticket.pool] = _average(self._rates.get(ticket.pool), pace)
         self._rates.move_to_end(ticket.pool)
@@ -359,60 +359,54 @@ class Admission:
             if idle is not None:
                 del self._used[idle]
 
-    def _level(self, ticket: Ticket, now: float) -> int:
-        return max(0, ticket.urgency - int((now - ticket.arrived) / self._ageing))
+    def _is_aged(self, ticket: Ticket, now: float) -> bool:
+        return now - ticket.arrived >= max(1, ticket.urgency) * self._ageing
 
     def _order(self, *, only_startable: bool) -> Iterator[Ticket]:
         """Yields the waiting calls in the order of their turns, were nobody else to come."""
         now = self._clock()
-        levels: dict[int, list[Ticket]] = {}
+        levels: dict[int, _Level] = {}
+        aged: deque[Ticket] = deque()
         rooms: dict[str, bool] = {}
-        for ticket in self._waiting:
-            if only_startable and ticket.pool not in rooms:
-                rooms[ticket.pool] = self._has_room(ticket)
-            if not only_startable or rooms[ticket.pool]:
-                levels.setdefault(self._level(ticket, now), []).append(ticket)
-        turns = self._turns
         used: dict[str, float] = {}
-        for _, tickets in sorted(levels.items()):
-            lines: dict[str, deque[Ticket]] = {}
-            for ticket in tickets:
-                lines.setdefault(ticket.caller, deque()).append(ticket)
-            heap = [
-                (used.get(caller, self._used.get(caller, 0.0)), line[0].number, caller)
-                for caller, line in lines.items()
-            ]
-            heapq.heapify(heap)
-            for _ in tickets:
+        for ticket in self._waiting:
+            if only_startable:
+                if ticket.pool not in rooms:
+                    rooms[ticket.pool] = self._has_room(ticket)
+                if not rooms[ticket.pool]:
+                    continue
+            used.setdefault(ticket.caller, self._used.get(ticket.caller, 0.0))
+            levels.setdefault(ticket.urgency, _Level()).add(ticket, used)
+            if self._is_aged(ticket, now):
+                aged.append(ticket)
+        turns = self._turns
+        taken: set[Ticket] = set()
+        for _, level in sorted(levels.items()):
+            while (ticket := level.first(used, taken)) is not None:
                 turns += 1
-                place = 0  # of the caller with the fewest tokens
                 if turns % OLDEST_EVERY == 0:
-                    oldest = min(range(len(heap)), key=lambda place: heap[place][1])
-                    if now - lines[heap[oldest][2]][0].arrived >= self._patience:
-                        place = oldest
-                counter, _, caller = heap[place]
-                heap[place] = heap[-1]
-                heap.pop()
-                heapq.heapify(heap)
-                line = lines[caller]
-                ticket = line.popleft()
-                used[caller] = counter + ticket.cost
-                if line:
-                    heapq.heappush(heap, (used[caller], line[0].number, caller))
+                    while aged and aged[0] in taken:
+                        aged.popleft()
+                    if aged:
+                        ticket = aged.popleft()
+                taken.add(ticket)
+                used[ticket.caller] += ticket.cost
                 yield ticket
 
     def _victim(self, newcomer: Ticket) -> Ticket | None:
         """Returns the waiting call that has less right to a place than the newcomer, or None."""
         now = self._clock()
         counts: dict[str, int] = {newcomer.caller: 0}
+        # It is the next to profit from its age, and so the one call that is sure of its turn.
+        oldest = next((ticket for ticket in self._waiting if self._is_aged(ticket, now)), None)
         for ticket in self._waiting:
             counts[ticket.caller] = counts.get(ticket.caller, 0) + (ticket is not newcomer)
         found: tuple[int, int, int] | None = None
         victim = None
         for ticket in self._waiting:
-            if ticket is newcomer:
+            if ticket is newcomer or ticket is oldest:
                 continue
-            is_less_urgent = self._level(ticket, now) > newcomer.urgency
+            is_less_urgent = ticket.urgency > newcomer.urgency
             # A caller with a crowd here gives a place to one with few, their youngest call's.
             is_of_a_crowd = (
                 ticket.urgency >= newcomer.urgency and counts[ticket.caller] > counts[newcomer.caller] + 1
@@ -466,6 +460,38 @@ class Admission:
             heapq.heapreplace(ends[EVERYTHING], end)
             plan[ticket] = Outlook(ahead, begin)
         return plan
+
+
+class _Level:
+    """Waiting calls of one urgency: a line for each caller, and the caller with the fewest tokens first."""
+
+    def __init__(self) -> None:
+        self._lines: dict[str, deque[Ticket]] = {}
+        self._heap: list[tuple[float, int, str]] = []
+
+    def add(self, ticket: Ticket, used: dict[str, float]) -> None:
+        """Adds a call that came after those that were added before."""
+        line = self._lines.get(ticket.caller)
+        if line is None:
+            line = self._lines[ticket.caller] = deque()
+            heapq.heappush(self._heap, (used[ticket.caller], ticket.number, ticket.caller))
+        line.append(ticket)
+
+    def first(self, used: dict[str, float], taken: set[Ticket]) -> Ticket | None:
+        """Returns the call whose turn it is, or None if all are taken."""
+        while self._heap:
+            counter, number, caller = self._heap[0]
+            line = self._lines[caller]
+            while line and line[0] in taken:
+                line.popleft()
+            if not line:
+                heapq.heappop(self._heap)
+            elif (used[caller], line[0].number) != (counter, number):
+                # Counters and numbers only grow, so an entry that is out of date is never too far behind.
+                heapq.heapreplace(self._heap, (used[caller], line[0].number, caller))
+            else:
+                return line[0]
+        return None
 
 
 def _average(old: float | None, new: float) -> float:

@@ -148,8 +148,8 @@ class AdmissionSettings(Settings):
     )
     ageing: Duration = Field(
         default=timedelta(seconds=15),
-        description="Waiting that makes a call as urgent as the next level: batch becomes normal, and after "
-        "twice as long interactive.",
+        description="Waiting after which a normal call is aged; batch takes twice as long. Every eighth turn "
+        "is that of the oldest aged call, so that nothing waits for ever and the urgent hardly notice.",
     )
 
     @model_validator(mode="after")

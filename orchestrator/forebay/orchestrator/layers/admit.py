@@ -114,7 +114,7 @@ class Admit:
         finally:
             if meter.reply_tokens is not None:
                 self._typical += _WEIGHT * (meter.reply_tokens - self._typical)
-            self._admission.leave(ticket, tokens=meter.tokens)
+            self._admission.leave(ticket, tokens=meter.tokens, aside=meter.loading)
 
     async def _wait(self, ticket: Ticket, call: Call[Request], send: Send, moved: asyncio.Event) -> None:
         """Returns when the call's turn has come, or it was dropped."""
@@ -165,12 +165,15 @@ class _Meter:
         """Tokens of the whole call, in units of written ones. None until it is done."""
         self.reply_tokens: int | None = None
         """Tokens of the reply. None until it is done."""
+        self.loading = 0.0
+        """Seconds in which the model was loaded."""
 
     async def __call__(self, event: Event) -> None:
         if isinstance(event, pb.GenerateResponse):
             if event.HasField("finished"):
                 usage = event.finished.usage
                 self.reply_tokens = usage.output_token_count
+                self.loading = event.finished.timings.load_duration.ToTimedelta().total_seconds()
                 self._measure(usage)
         elif isinstance(event, pb.EmbedResponse):
             self._measure(event.usage)
