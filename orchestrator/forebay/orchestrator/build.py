@@ -10,6 +10,7 @@ import grpc.aio
 
 from forebay.fleet.v1 import fleet_pb2_grpc
 from forebay.kit.channel import connect
+from forebay.kit.relay import Pairs
 from forebay.kit.rpc import Edge
 from forebay.kit.telemetry import Telemetry, off
 from forebay.orchestrator.budget import RetryBudget
@@ -81,12 +82,24 @@ class Orchestrator:
             backend, aliases=aliases, clock=self._clock, source=self._source, on_change=feed.publish
         )
         channel = connect(backend.address, tls_roots=backend.tls_roots)
+        credentials = _credentials(backend)
         endpoint.service = endpoint_stack(
-            endpoint, channel=Channel(channel, backend.name), clock=self._clock, tracer=self._tracer
+            endpoint,
+            channel=Channel(channel, backend.name, credentials=credentials),
+            clock=self._clock,
+            tracer=self._tracer,
         )
-        probe = Probe(endpoint, channel, self.settings.probe, source=self._source)
-        return Member(endpoint=endpoint, channel=channel, probe=probe)
+        probe = Probe(endpoint, channel, self.settings.probe, source=self._source, credentials=credentials)
+        return Member(endpoint=endpoint, channel=channel, probe=probe, credentials=credentials)
 
     def _management(self, name: str) -> Management:
         member = self.fleet.member(name)
-        return Management(member.channel, name, on_change=member.probe.refresh)
+        return Management(
+            member.channel, name, on_change=member.probe.refresh, credentials=member.credentials
+        )
+
+
+def _credentials(backend: BackendSettings) -> Pairs:
+    """Returns the metadata that proves to a backend who we are."""
+    token = backend.token()
+    return () if token is None else (("authorization", f"Bearer {token.get_secret_value()}"),)

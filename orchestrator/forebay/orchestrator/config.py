@@ -6,9 +6,9 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import Field, StringConstraints, model_validator
+from pydantic import Field, SecretStr, StringConstraints, model_validator
 
-from forebay.kit.config import Address, Duration, ServerSettings, Settings
+from forebay.kit.config import Address, Duration, ServerSettings, Settings, is_local
 
 Name = Annotated[str, StringConstraints(pattern=r"^[a-z0-9]([a-z0-9_-]{0,38}[a-z0-9])?$")]
 """A backend's name: it appears in answers, spans and metric labels, so it is short and plain."""
@@ -87,9 +87,37 @@ class BackendSettings(Settings):
     tls_roots: Path | None = Field(
         default=None, description="PEM file with the roots to trust. Unset connects without TLS."
     )
+    token_file: Path | None = Field(
+        default=None,
+        description="File that holds the bearer token the backend asks for. Over anything but loopback and "
+        "unix sockets it needs tls_roots, for a token in plaintext is everyone's.",
+    )
     breaker: BreakerSettings = Field(
         default_factory=BreakerSettings, description="When calls are kept away from it."
     )
+
+    @model_validator(mode="after")
+    def _check_token(self) -> BackendSettings:
+        if self.token_file is None:
+            return self
+        if self.tls_roots is None and not is_local(self.address):
+            raise ValueError("token_file needs tls_roots, since the address is not on this machine")
+        try:
+            self.token()
+        except (OSError, UnicodeError) as error:
+            raise ValueError(f"token_file {self.token_file} cannot be read: {error}") from error
+        return self
+
+    def token(self) -> SecretStr | None:
+        """Returns the token to send; None if there is none.
+
+        Raises:
+            OSError: its file cannot be read.
+            UnicodeError: its file is not ASCII text, which is all that metadata can carry.
+        """
+        if self.token_file is None:
+            return None
+        return SecretStr(self.token_file.read_text(encoding="ascii").strip())
 
 
 DEFAULT_BACKENDS = (
