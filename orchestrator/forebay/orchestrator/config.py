@@ -148,6 +148,11 @@ class RetrySettings(Settings):
     backoff_min: Duration = Field(
         default=timedelta(milliseconds=100), description="First wait before the same backend is tried again."
     )
+    continue_wait: Duration = Field(
+        default=timedelta(seconds=5),
+        description="How long a reply that broke off waits for a backend that can go on with it, where the "
+        "caller allowed that. A backend that restarts is back sooner.",
+    )
     backoff_max: Duration = Field(
         default=timedelta(seconds=5),
         description="Longest wait. A backend that asks for more is not tried again by this call.",

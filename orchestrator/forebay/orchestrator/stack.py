@@ -19,6 +19,7 @@ from forebay.orchestrator.budget import RetryBudget
 from forebay.orchestrator.clock import Clock
 from forebay.orchestrator.config import OrchestratorSettings
 from forebay.orchestrator.fleet.endpoint import Endpoint
+from forebay.orchestrator.layers.continue_ import Continue
 from forebay.orchestrator.layers.deadline import Deadline
 from forebay.orchestrator.layers.fallback import Fallback
 from forebay.orchestrator.layers.guard import Guard
@@ -52,6 +53,10 @@ def request_stack(
             longest=settings.max_deadline,
             margin=settings.deadline_margin,
         ),
+        # Above Fallback, so that whoever goes on with a broken reply is found as anyone is, with attempts and
+        # a commit gate of its own: until the next part's first delta nothing tells the caller that there is
+        # one. Below whatever holds a place for the call, which keeps it over the splice.
+        lambda inner: Continue(inner, settings=settings.retry, budget=budget, source=source),
         # Above Route, so that each attempt is decided anew over the fleet as it then is. It holds the commit
         # gate, so nothing between it and the backend may keep events back.
         lambda inner: Fallback(inner, settings=settings.retry, budget=budget, source=source),
