@@ -23,6 +23,7 @@ from forebay.orchestrator.fleet.feed import Feed
 from forebay.orchestrator.fleet.fleet import Fleet, Member
 from forebay.orchestrator.fleet.management import Management
 from forebay.orchestrator.fleet.probe import Probe
+from forebay.orchestrator.layers.hedge import FirstDeltas
 from forebay.orchestrator.routing.router import Router
 from forebay.orchestrator.servicer import FLEET_SERVICE, FleetServicer
 from forebay.orchestrator.stack import endpoint_stack, request_stack
@@ -49,6 +50,7 @@ class Orchestrator:
         self._source = source or random.Random()  # noqa: S311  # spreads load; it guards nothing
         self._clock: Clock = asyncio.get_running_loop().time
         feed = Feed()
+        self._times = FirstDeltas()
         self.fleet = Fleet(
             [self._member(backend, feed) for backend in settings.backends if backend.enabled], feed
         )
@@ -59,7 +61,12 @@ class Orchestrator:
             clock=self._clock,
         )
         service = request_stack(
-            settings, fleet=self.fleet, router=self.router, budget=budget, source=self._source
+            settings,
+            fleet=self.fleet,
+            router=self.router,
+            budget=budget,
+            source=self._source,
+            times=self._times,
         )
         self.inference = Engine(fleet=self.fleet, service=service, default_model=settings.default_model)
         self.models = Models(fleet=self.fleet, management=self._management)
@@ -79,7 +86,12 @@ class Orchestrator:
             if backend.name in spellings
         }
         endpoint = Endpoint(
-            backend, aliases=aliases, clock=self._clock, source=self._source, on_change=feed.publish
+            backend,
+            aliases=aliases,
+            clock=self._clock,
+            source=self._source,
+            on_change=feed.publish,
+            on_first_delta=self._times.note,
         )
         channel = connect(backend.address, tls_roots=backend.tls_roots)
         credentials = _credentials(backend)

@@ -159,6 +159,26 @@ class RetrySettings(Settings):
     )
 
 
+class HedgeSettings(Settings):
+    """When a slow call is tried on a second backend at the same time."""
+
+    enabled: bool = Field(
+        default=False,
+        description="Whether slow calls get a second attempt. Off, because on one machine the second backend "
+        "takes its memory and cores from the first.",
+    )
+    quantile: Fraction = Field(
+        default=0.95,
+        description="Share of recent calls whose first delta came sooner than a second attempt is made.",
+    )
+    min_samples: int = Field(
+        default=20, ge=1, description="Calls that must have been measured before the share says anything."
+    )
+    delay_min: Duration = Field(
+        default=timedelta(milliseconds=50), description="Shortest wait before a second attempt."
+    )
+
+
 class ScorerWeights(Settings):
     """How much each score counts when backends are compared."""
 
@@ -220,6 +240,9 @@ class OrchestratorSettings(ServerSettings):
     )
     retry: RetrySettings = Field(
         default_factory=RetrySettings, description="How often calls are tried again."
+    )
+    hedge: HedgeSettings = Field(
+        default_factory=HedgeSettings, description="When slow calls are tried twice at the same time."
     )
     scorers: ScorerWeights = Field(default_factory=ScorerWeights, description="How backends are compared.")
     picker: Literal["best", "two"] = Field(

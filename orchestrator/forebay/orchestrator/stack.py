@@ -23,6 +23,7 @@ from forebay.orchestrator.layers.continue_ import Continue
 from forebay.orchestrator.layers.deadline import Deadline
 from forebay.orchestrator.layers.fallback import Fallback
 from forebay.orchestrator.layers.guard import Guard
+from forebay.orchestrator.layers.hedge import FirstDeltas, Hedge
 from forebay.orchestrator.layers.route import Fleet, Route
 from forebay.orchestrator.layers.span import Span
 from forebay.orchestrator.routing.router import Router
@@ -35,6 +36,7 @@ def request_stack(
     router: Router,
     budget: RetryBudget,
     source: random.Random,
+    times: FirstDeltas | None = None,
 ) -> Service:
     """Returns the stack that every call goes down once.
 
@@ -44,6 +46,7 @@ def request_stack(
         router: decides between them.
         budget: retries that all calls share.
         source: where jitter comes from.
+        times: how long first deltas took lately. None knows of none.
     """
     return stack(
         # On top, so that it bounds every wait below, those between attempts included.
@@ -58,8 +61,11 @@ def request_stack(
         # one. Below whatever holds a place for the call, which keeps it over the splice.
         lambda inner: Continue(inner, settings=settings.retry, budget=budget, source=source),
         # Above Route, so that each attempt is decided anew over the fleet as it then is. It holds the commit
-        # gate, so nothing between it and the backend may keep events back.
+        # gate, so nothing between it and the backend may keep a delta back.
         lambda inner: Fallback(inner, settings=settings.retry, budget=budget, source=source),
+        # Below Fallback, for two racers are one attempt: whichever answers first is the attempt's answer.
+        # Above Route, so that each racer is routed by itself.
+        lambda inner: Hedge(inner, settings=settings.hedge, budget=budget, times=times or FirstDeltas()),
         # At the bottom: what is below belongs to one backend.
         around=Route(fleet=fleet, router=router),
     )

@@ -72,6 +72,8 @@ class Call(Generic[Request_co]):
     """Who asks, for fair turns and isolation: an authenticated name, else the peer's address."""
     tried: frozenset[str] = frozenset()
     """Names of backends that have failed this call, so that the next attempt goes elsewhere."""
+    on_route: Callable[[str], None] | None = None
+    """Told which backend each attempt goes to, before it goes there."""
     resumption: Resumption | None = None
     """Set if the request's `continue_from` is part of a reply that the caller has already read."""
 

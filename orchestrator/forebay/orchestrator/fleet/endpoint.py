@@ -62,6 +62,7 @@ class Endpoint:
         source: where jitter comes from.
         on_change: told the backend's name whenever something changes that a watcher may want to see.
         now: gives the time of day.
+        on_first_delta: told how many seconds each call took to its first delta.
     """
 
     def __init__(
@@ -73,6 +74,7 @@ class Endpoint:
         source: random.Random,
         on_change: Callable[[str], None] = lambda name: None,
         now: Callable[[], datetime] = lambda: datetime.now(UTC),
+        on_first_delta: Callable[[float], None] = lambda seconds: None,
     ) -> None:
         self.settings = settings
         self.name = settings.name
@@ -83,6 +85,7 @@ class Endpoint:
         self._clock = clock
         self._now = now
         self._on_change = on_change
+        self._on_first_delta = on_first_delta
         self._is_reachable = False
         self._is_serving = False
         self._is_drained = False
@@ -128,6 +131,7 @@ class Endpoint:
             self._failed += 1
         if outcome.first_delta is not None:
             self._first_delta = _average(self._first_delta, outcome.first_delta)
+            self._on_first_delta(outcome.first_delta)
         if outcome.tokens_per_second is not None:
             self._tokens_per_second = _average(self._tokens_per_second, outcome.tokens_per_second)
 

@@ -61,6 +61,8 @@ class Route:
         chosen = decision.chosen
         if chosen is None:
             raise decision.failure()
+        if call.on_route is not None:
+            call.on_route(chosen.name)
         inner = self._fleet.service(chosen.name)
         request = _addressed(call, chosen)
         check = _Check(call, chosen, send)
