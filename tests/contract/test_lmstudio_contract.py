@@ -14,7 +14,6 @@ from forebay.kit.server import serving
 from forebay.lmstudio_bridge.client import LmStudioClient
 from forebay.lmstudio_bridge.config import LmStudioSettings
 from forebay.lmstudio_bridge.engine import LmStudioEngine
-from forebay.testing.calls import message
 from forebay.testing.client import Client
 from forebay.testing.client import client as connect
 from forebay.testing.contract import ContractSuite, Target
@@ -27,7 +26,7 @@ CONTEXT = 3000
 
 
 def at_length(request: pb.GenerateRequest) -> pb.GenerateRequest:
-    request.messages.append(message("Say 2500 words."))
+    request.messages[-1].parts[0].text = "Say 2500 words."
     return request
 
 
@@ -167,6 +166,7 @@ class TestLiveLmStudio(ContractSuite):
                 embedding_model=embedding.id if embedding is not None else None,
                 capabilities=able_to(model),
                 deterministic=False,
+                prepare=at_length,
                 timeout=300,
             )
 

@@ -144,6 +144,14 @@ async def test_edge_41_a_refused_token_is_named_and_never_shown(
         assert all("token" in one.message for one in failures)
 
 
+async def test_edge_41_a_greeting_that_asks_for_a_token_is_named_too() -> None:
+    async with rig() as r:
+        r.fake.script("GET", "/lmstudio-greeting", Reply.json({"error": "sk-bogus-E***"}, status=401))
+        with pytest.raises(UpstreamUnauthenticated) as refused:
+            await r.client.probe()
+        assert "sk-bogus" not in str(refused.value)
+
+
 async def test_edge_41_the_right_token_is_sent() -> None:
     async with rig(token=TOKEN) as r:
         r.fake.options.token = TOKEN

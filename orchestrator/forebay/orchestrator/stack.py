@@ -7,6 +7,7 @@ a call after everything above it, and its events and failures before.
 from __future__ import annotations
 
 import random
+from collections.abc import Callable
 from datetime import timedelta
 
 from opentelemetry.trace import Tracer
@@ -15,18 +16,23 @@ from forebay.kit.layers.limit import Limit
 from forebay.kit.layers.measure import Measure
 from forebay.kit.layers.watchdog import Watchdog
 from forebay.kit.pipeline import Layer, Service, stack
+from forebay.orchestrator.admission import Admission
 from forebay.orchestrator.budget import RetryBudget
 from forebay.orchestrator.clock import Clock
 from forebay.orchestrator.config import OrchestratorSettings
 from forebay.orchestrator.fleet.endpoint import Endpoint
+from forebay.orchestrator.layers.admit import Admit
+from forebay.orchestrator.layers.coalesce import Coalesce, Spawn
 from forebay.orchestrator.layers.continue_ import Continue
 from forebay.orchestrator.layers.deadline import Deadline
 from forebay.orchestrator.layers.fallback import Fallback
 from forebay.orchestrator.layers.guard import Guard
 from forebay.orchestrator.layers.hedge import FirstDeltas, Hedge
+from forebay.orchestrator.layers.remember import Remember
 from forebay.orchestrator.layers.route import Fleet, Route
 from forebay.orchestrator.layers.span import Span
 from forebay.orchestrator.layers.verify import Verify
+from forebay.orchestrator.replies import Store
 from forebay.orchestrator.routing.router import Router
 
 
@@ -37,6 +43,10 @@ def request_stack(
     router: Router,
     budget: RetryBudget,
     source: random.Random,
+    admission: Admission,
+    store: Store | None = None,
+    spawn: Spawn | None = None,
+    weights: Callable[[str], str] = lambda model: "",
     times: FirstDeltas | None = None,
 ) -> Service:
     """Returns the stack that every call goes down once.
@@ -47,8 +57,30 @@ def request_stack(
         router: decides between them.
         budget: retries that all calls share.
         source: where jitter comes from.
+        admission: the queue before all backends.
+        store: where answers are kept; None keeps none.
+        spawn: starts tasks that no call owns; None shares no replies.
+        weights: returns what is known of the weights behind a model's name.
         times: how long first deltas took lately. None knows of none.
     """
+    caching: list[Layer] = []
+    if store is not None:
+        # Above Coalesce and Admit: an answer that is known takes neither a flight nor a permit.
+        caching.append(
+            lambda inner: Remember(inner, store=store, weights=weights, is_shared=settings.cache.shared)
+        )
+    if spawn is not None and settings.coalesce != "never":
+        # Above Admit, so that whoever joins a reply holds no permit, nor a place in the queue.
+        caching.append(
+            lambda inner: Coalesce(
+                inner,
+                spawn=spawn,
+                when=settings.coalesce,
+                longest=settings.max_deadline,
+                weights=weights,
+                is_shared=settings.cache.shared,
+            )
+        )
     return stack(
         # On top, so that it bounds every wait below, those between attempts included.
         lambda inner: Deadline(
@@ -57,6 +89,9 @@ def request_stack(
             longest=settings.max_deadline,
             margin=settings.deadline_margin,
         ),
+        *caching,
+        # Above Fallback, so that a call keeps its place over its attempts.
+        lambda inner: Admit(inner, admission=admission),
         # Above Continue, so that it sees the reply as the caller does, spliced or not.
         Verify,
         # Above Fallback, so that whoever goes on with a broken reply is found as anyone is, with attempts and
