@@ -48,11 +48,17 @@ class Verify:
         if not isinstance(request, pb.GenerateRequest):
             await self._inner(call, send)
             return
-        await self._inner(call, _Check(request, send))
+        check = _Check(request, send)
+        await self._inner(call, check)
+        await check.end()
 
 
 class _Check:
-    """A `Send` that follows a reply and looks at it before its end."""
+    """A `Send` that follows a reply, and keeps its end back until it was looked at.
+
+    It is looked at when the layers below are done: raised in the middle of them, a failure of ours would pass
+    for a broken stream, and be tried again.
+    """
 
     def __init__(self, request: pb.GenerateRequest, send: Send) -> None:
         accepted = request.accepted_degradations
@@ -65,6 +71,7 @@ class _Check:
             self._fault = _fault_of(request.output_format)
         self._text = [request.continue_from.text]
         self._backend = ""
+        self._finished: pb.GenerateResponse | None = None
 
     async def __call__(self, event: Event) -> None:
         if isinstance(event, pb.GenerateResponse):
@@ -77,8 +84,15 @@ class _Check:
                     if self._fault is not None and event.delta.text:
                         self._text.append(event.delta.text)
                 case "finished":
-                    self._check(event.finished)
+                    self._finished = event
+                    return
         await self._send(event)
+
+    async def end(self) -> None:
+        """Sends the end of the reply, if it deserves that."""
+        if self._finished is not None:
+            self._check(self._finished.finished)
+            await self._send(self._finished)
 
     def _check(self, finished: pb.Finished) -> None:
         read = finished.usage.prompt_token_count
