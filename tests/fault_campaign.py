@@ -144,7 +144,7 @@ class Campaign:
         victim = self.victims[self._chance.choice(NAMES)]
         if kind == "cut":
             # A new connection, so that the byte at which it is cut is counted from its first.
-            victim.proxy.down.cut_after = self._chance.randint(3_000, 400 * streams)
+            victim.proxy.down.cut_after = self._chance.randint(300 * streams, 1_200 * streams)
             victim.proxy.close()
         await self._until_active(*NAMES)
         others = [name for name in NAMES if name != victim.name]

@@ -13,7 +13,7 @@ from forebay.inference.v1 import inference_pb2 as pb
 from forebay.testing import grammar
 from forebay.testing.calls import ask
 from forebay.testing.script import DEFAULT_CAPABILITIES, Fault, Script, ScriptedModel
-from forebay.testing.scripted import ScriptedEngine
+from forebay.testing.scripted import Fate, ScriptedEngine
 
 TOKENS = 12
 FAULTS = ("UNAVAILABLE", "INTERNAL", "STREAM_INTERRUPTED", "TRUNCATE", "CRASH", "STALL")
@@ -167,3 +167,32 @@ async def test_a_stop_sequence_across_the_splice_ends_the_reply_where_it_would_h
                 "" if "nowhere" in stops else asked.limits.stop_sequences[0]
             )
             running.fleet["a"].breakers.heal()
+
+
+async def test_a_hedged_reply_is_one_reply_and_the_loser_generates_no_more(tmp_path: Path) -> None:
+    a, b = engine("a"), engine("b")
+    hedge = {"enabled": True, "min_samples": 1, "delay_min": "20ms"}
+    async with mesh(tmp_path, a, b, hedge=hedge) as running:
+        first, _ = await read(running, request())  # by which it is known how long that takes
+        a.then(Script(token_count=TOKENS, first_delay=60.0))
+        events, failed = await read(running, request())
+        assert not failed
+        assert grammar.text(events) == grammar.text(first)
+        assert events[0].started.backend == "b"
+        await until(lambda: not a.active)
+        assert [record.fate for record in a.records] == [Fate.COMPLETED, Fate.CANCELLED]
+
+
+async def test_a_reply_that_violates_its_schema_is_not_finished(tmp_path: Path) -> None:
+    a = engine("a")
+    asked = ask(model="m")
+    asked.output_format.json_schema = '{"type": "integer"}'
+    async with mesh(tmp_path, a) as running:
+        events, failed = await read(running, asked)
+        assert not failed
+        assert grammar.text(events) == "1"
+        # The scripted model claims that it enforces schemas, and knows no `not`.
+        asked.output_format.json_schema = '{"type": "integer", "not": {"const": 1}}'
+        events, failed = await read(running, asked)
+        assert failed == "FORMAT_VIOLATED"
+        assert grammar.text(events) == "1"

@@ -256,6 +256,12 @@ class ScorerWeights(Settings):
     )
     load: float = Field(default=3.0, ge=0.0, description="Few calls in progress for its slots.")
     context: float = Field(default=2.0, ge=0.0, description="The request fits the context as it is loaded.")
+    proven: float = Field(
+        default=2.0,
+        ge=0.0,
+        description="What the request needs beyond plain text was tried on the running server, and not only "
+        "claimed.",
+    )
     latency: float = Field(default=2.0, ge=0.0, description="Short recent time to the first delta.")
     health: float = Field(default=2.0, ge=0.0, description="Few recent failures.")
     weight: float = Field(default=1.0, ge=0.0, description="The backend's configured weight.")

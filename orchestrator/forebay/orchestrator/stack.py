@@ -31,6 +31,7 @@ from forebay.orchestrator.layers.hedge import FirstDeltas, Hedge
 from forebay.orchestrator.layers.remember import Remember
 from forebay.orchestrator.layers.route import Fleet, Route
 from forebay.orchestrator.layers.span import Span
+from forebay.orchestrator.layers.verify import Verify
 from forebay.orchestrator.replies import Store
 from forebay.orchestrator.routing.router import Router
 
@@ -91,6 +92,8 @@ def request_stack(
         *caching,
         # Above Fallback, so that a call keeps its place over its attempts.
         lambda inner: Admit(inner, admission=admission),
+        # Above Continue, so that it sees the reply as the caller does, spliced or not.
+        Verify,
         # Above Fallback, so that whoever goes on with a broken reply is found as anyone is, with attempts and
         # a commit gate of its own: until the next part's first delta nothing tells the caller that there is
         # one. Below whatever holds a place for the call, which keeps it over the splice.

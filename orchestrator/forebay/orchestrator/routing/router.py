@@ -122,6 +122,9 @@ class Decision:
         )
 
 
+_PLAIN = frozenset({pb.CAPABILITY_GENERATE, pb.CAPABILITY_EMBED, pb.CAPABILITY_COUNT_TOKENS})
+"""Capabilities that are no speciality: whoever lists a model for it can do them, or is refused."""
+
 _NOT_CONCERNED = frozenset({"allowed", "tried", "model"})
 """Filters whose refusal is no obstacle that could go away."""
 
@@ -204,15 +207,18 @@ class Router:
         return self._score(question)
 
     def _score(self, question: Question) -> Candidate:
-        scores = {
-            name: scorer(question)
-            for name, scorer in SCORERS.items()
-            # Without an order it would be 1.0 for all, and its weight would squeeze the rest into a corner.
-            if question.allowed or name != "preference"
-        }
+        scores = {name: scorer(question) for name, scorer in SCORERS.items() if self._has_say(name, question)}
         weight = sum(self._weights[name] for name in scores)
         total = sum(self._weights[name] * score for name, score in scores.items()) / weight if weight else 0.0
         return Candidate(endpoint=question.endpoint, model=question.found, scores=scores, total=total)
+
+    def _has_say(self, scorer: str, question: Question) -> bool:
+        """Whether a score can differ. One that is the same for all squeezes the rest into a corner."""
+        if scorer == "preference":
+            return bool(question.allowed)
+        if scorer == "proven":
+            return not question.traits.needs <= _PLAIN
+        return True
 
     def _choose(self, candidates: Sequence[Candidate], *, has_order: bool) -> Candidate | None:
         if not candidates:
