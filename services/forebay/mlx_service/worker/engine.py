@@ -38,7 +38,8 @@ from functools import partial
 from typing import Protocol, TypeAlias
 
 from forebay.kit.failure import BackendError, DeadlineExceeded, Draining, Failure, QueueFull
-from forebay.mlx_service.worker.batch import Batch, Generated, Prefilled, top_tokens
+from forebay.mlx_service.worker.batch import Batch, Generated, Kept, Prefilled, top_tokens
+from forebay.mlx_service.worker.prefix_cache import PrefixCache, PrefixStats, why_not
 from forebay.mlx_service.worker.runtime import leave_thread, mx
 from forebay.mlx_service.worker.sampling import Array, Processor, SamplingParams, processors, sampler
 
@@ -91,6 +92,10 @@ class Row:
     """Rows of lower urgency figures go first."""
     deadline: float | None = None
     """When to give up, in seconds of `time.monotonic`."""
+    cache_key: str = ""
+    """Rows share what was read of their prompts only with rows of the same key."""
+    pin: bool = False
+    """Whether what was read of the prompt stays, whatever else comes."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,11 +107,12 @@ class Waiting:
 
 @dataclass(frozen=True, slots=True)
 class Reading:
-    """The row is in the batch, since then, and so much of its prompt was read."""
+    """The row is in the batch, since then, and so much of its prompt was read or found read."""
 
     done: int
     total: int
     since: float
+    cached: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -146,6 +152,8 @@ class EngineStats:
     """Memory that mlx holds in use: weights, caches and temporaries."""
     faults: int
     """Steps that failed."""
+    prefix: PrefixStats = field(default_factory=PrefixStats)
+    """The prefix cache."""
 
 
 class Ticket:
@@ -191,6 +199,8 @@ class _Live:
     suspect: bool = False
     faults: int = 0
     since: float = 0.0
+    cached: int = 0
+    skipped: int = 0
 
     @property
     def row(self) -> Row:
@@ -222,15 +232,23 @@ class Engine:
         rows: most rows at once.
         queue_rows: most rows that wait for a place.
         prefill_step: tokens of a prompt read in one step. None measures what the device can do.
+        prefixes: keeps what was read, for prompts that begin the same. None keeps nothing.
     """
 
     def __init__(
-        self, load: Loader, *, rows: int, queue_rows: int = 64, prefill_step: int | None = None
+        self,
+        load: Loader,
+        *,
+        rows: int,
+        queue_rows: int = 64,
+        prefill_step: int | None = None,
+        prefixes: PrefixCache | None = None,
     ) -> None:
         self._load = load
         self._rows = rows
         self._queue_rows = queue_rows
         self._prefill_step = prefill_step
+        self._prefixes = prefixes
         self._commands: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._run, name="mlx-engine", daemon=True)
         self._loop: asyncio.AbstractEventLoop
@@ -304,6 +322,7 @@ class Engine:
             last_step_age=max(0.0, age),
             memory_bytes=self._memory_bytes,
             faults=self._faults,
+            prefix=PrefixStats() if self._prefixes is None else self._prefixes.stats,
         )
 
     @property
@@ -376,6 +395,9 @@ class Engine:
         mx.random.seed(int.from_bytes(os.urandom(7), "little"))
         self._model, end_tokens = self._load()
         self._end_tokens = frozenset(end_tokens)
+        if self._prefixes is not None and (reason := why_not(self._model)) is not None:
+            log.info("no prefixes are kept of this model: %s", reason)
+            self._prefixes = None
         self._batch = self._new_batch()
         self._warm_up(2)
         took = self._warm_up(PREFILL_STEPS[0] + 1)
@@ -451,8 +473,23 @@ class Engine:
         self._again = deque(live for live in self._again if live.ticket is not ticket)
 
     def _drop(self, uid: int) -> None:
-        del self._live[uid]
-        self._batch.remove(uid)
+        live = self._live.pop(uid)
+        self._keep(live, self._batch.remove(uid))
+
+    def _keep(self, live: _Live, kept: Kept | None) -> None:
+        """Keeps what a row that left has read, for the next one that begins the same."""
+        if (
+            self._prefixes is None
+            or kept is None
+            or (live.guard is not None and live.guard.error is not None)
+        ):
+            return
+        pin = len(live.row.tokens) - live.row.reply_count if live.row.pin else 0
+        try:
+            self._prefixes.store(live.row.cache_key, kept.tokens, kept.caches, pin=pin)
+        except Exception as error:  # a cache that fails costs time and no reply
+            log.error("the prefix cache failed and is emptied: %s", type(error).__name__, exc_info=error)
+            self._prefixes.clear()
 
     def _stop(self) -> None:
         self._stopped = True
@@ -494,8 +531,14 @@ class Engine:
             if row.constraint is not None:
                 chain.append(row.constraint.processor(prompt_count))
             live.guard = _Guard(chain) if chain else None
+            tokens = (*row.tokens, *live.written)
+            caches, live.skipped = None, 0
+            if self._prefixes is not None and not live.faults:
+                caches, live.skipped = self._prefixes.find(row.cache_key, tokens)
             uid = self._batch.insert(
-                (*row.tokens, *live.written),
+                tokens,
+                caches=caches,
+                cached=live.skipped,
                 most=row.most - len(live.written),
                 sampler=sampler(row.sampling, position=row.reply_count + len(live.written)),
                 processors=[live.guard] if live.guard else [],
@@ -506,7 +549,8 @@ class Engine:
         live.since = time.monotonic()
         self._live[uid] = live
         if not live.written:
-            self._tell(live.ticket, Reading(0, len(row.tokens), live.since))
+            live.cached = live.skipped
+            self._tell(live.ticket, Reading(live.cached, len(row.tokens), live.since, live.cached))
 
     def _step(self) -> None:
         try:
@@ -528,7 +572,8 @@ class Engine:
     def _on_read(self, progress: Prefilled) -> None:
         live = self._live.get(progress.uid)
         if live is not None and not live.written:
-            self._tell(live.ticket, Reading(progress.done, progress.total, live.since))
+            done, total = progress.done + live.skipped, progress.total + live.skipped
+            self._tell(live.ticket, Reading(done, total, live.since, live.cached))
 
     def _on_written(self, generated: Generated, now: float) -> None:
         live = self._live.get(generated.uid)
@@ -546,6 +591,8 @@ class Engine:
         if generated.ended is not None:
             del self._live[generated.uid]
             self._tell(live.ticket, Over(generated.ended))
+            self._flush()  # the reply is whole: nobody waits for what is kept of it
+            self._keep(live, generated.kept)
             self._measure()
 
     def _recover(self, error: Exception) -> None:
@@ -555,6 +602,8 @@ class Engine:
         rows = list(self._live.values())
         blamed = [live for live in rows if live.suspect] or rows
         self._live.clear()
+        if self._prefixes is not None:
+            self._prefixes.clear()  # what is in it may be what the step failed of
         self._batch.close()
         gc.collect()
         mx.clear_cache()
@@ -606,6 +655,8 @@ class Engine:
         self._again.clear()
         self._queue.clear()
         self._flush()
+        if self._prefixes is not None:
+            self._prefixes.clear()
         if hasattr(self, "_batch"):
             self._batch.close()
             del self._batch

@@ -28,6 +28,7 @@ from forebay.mlx_service.models.describe import NotAModelError, describe
 from forebay.mlx_service.worker.engine import Engine
 from forebay.mlx_service.worker.grammar import Grammars
 from forebay.mlx_service.worker.load import load_weights
+from forebay.mlx_service.worker.prefix_cache import PrefixCache
 from forebay.mlx_service.worker.runtime import leave_thread
 from forebay.mlx_service.worker.service import Served, WorkerService
 from forebay.mlx_service.worker.words import Words
@@ -89,6 +90,7 @@ async def _serve(options: argparse.Namespace, settings: ServerSettings, tracing:
         lambda: (load_weights(path), words.language.end_tokens),
         rows=options.max_rows,
         queue_rows=options.queue,
+        prefixes=PrefixCache(max_bytes=options.prefix_cache) if options.prefix_cache else None,
     )
     served = Served(
         model_id=options.model_id,
@@ -97,6 +99,7 @@ async def _serve(options: argparse.Namespace, settings: ServerSettings, tracing:
         context_token_count=_context(facts.context_token_count, options.context),
         default_max_tokens=options.default_max_tokens,
         rows=options.max_rows,
+        isolates_callers=options.isolate_callers,
     )
     service = WorkerService(served, engine, words, Grammars(words))
     async with process.stop_requests() as stopped:
@@ -209,6 +212,12 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--context", type=int, help="most tokens of prompt and reply together")
     parser.add_argument(
         "--default-max-tokens", type=int, default=4096, help="most tokens of a reply that sets no limit"
+    )
+    parser.add_argument(
+        "--prefix-cache", type=int, default=0, help="bytes for what was read of prompts; 0 keeps nothing"
+    )
+    parser.add_argument(
+        "--isolate-callers", action="store_true", help="keep each caller's prompts apart in the prefix cache"
     )
     parser.add_argument("--parent-pid", type=int, help="process whose end ends this one")
     parser.add_argument("--config", type=Path, help="configuration file, for [log] and [telemetry]")

@@ -28,6 +28,7 @@ try:
     import mlx.core as mx
     import mlx_lm.generate
     from mlx_lm.generate import BatchGenerator, StopSequences
+    from mlx_lm.models.cache import BatchKVCache, KVCache, make_prompt_cache
     from mlx_lm.tokenizer_utils import TokenizerWrapper
     from mlx_lm.utils import load_config, load_model, load_tokenizer
 finally:
@@ -46,11 +47,14 @@ def leave_thread() -> None:
 
 __all__ = [
     "BatchGenerator",
+    "BatchKVCache",
+    "KVCache",
     "StopSequences",
     "TokenizerWrapper",
     "leave_thread",
     "load_config",
     "load_model",
     "load_tokenizer",
+    "make_prompt_cache",
     "mx",
 ]
