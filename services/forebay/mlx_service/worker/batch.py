@@ -56,6 +56,7 @@ class Batch:
     """
 
     def __init__(self, model: object, *, rows: int, prefill_step: int, end_tokens: Sequence[int]) -> None:
+        self._prefill_step = prefill_step
         self._generator = BatchGenerator(
             model,
             completion_batch_size=rows,
@@ -121,6 +122,10 @@ class Batch:
             return None
         caches, tokens = left
         return Kept(tuple(tokens), list(caches))
+
+    def share_step(self, most: int | None) -> None:
+        """Reads no more tokens of a prompt in a step than so many; None reads as many as was said first."""
+        self._generator.prefill_step_size = min(self._prefill_step, most or self._prefill_step)
 
     @property
     def prefill_step(self) -> int:

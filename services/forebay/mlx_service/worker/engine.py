@@ -14,8 +14,8 @@ A slow reader costs no unbounded memory: what waits in a ticket are the tokens
 of its row, at most as many as the row may generate, and they are read all at
 once.
 
-If a step fails, nobody can tell what the batch holds. The engine then throws
-the batch away and reads every row again from its tokens, one suspect at a
+If a step fails, nobody can tell what its lane holds. The engine then throws
+the lane away and reads every row again from its tokens, one suspect at a
 time: a row during whose first step the batch fails again and again is the
 culprit, and fails alone.
 """
@@ -39,6 +39,7 @@ from typing import Protocol, TypeAlias
 
 from forebay.kit.failure import BackendError, DeadlineExceeded, Draining, Failure, QueueFull
 from forebay.mlx_service.worker.batch import Batch, Generated, Kept, Prefilled, top_tokens
+from forebay.mlx_service.worker.lanes import Lanes
 from forebay.mlx_service.worker.prefix_cache import PrefixCache, PrefixStats, why_not
 from forebay.mlx_service.worker.runtime import leave_thread, mx
 from forebay.mlx_service.worker.sampling import Array, Processor, SamplingParams, processors, sampler
@@ -49,11 +50,17 @@ PREFILL_STEPS = (16, 32, 64, 128, 256, 512)
 """Tokens of a prompt that may be read in one step. More than 512 hardly makes reading faster."""
 
 PREFILL_SECONDS = 0.5
-"""How long one such step may take. Rows that write wait for it, and a cancelled row holds its place for it.
+"""How long one such step may take. A cancelled row holds its place for it, and a new one waits for it.
 Small models on Metal read 512 tokens in less; a CPU reads 16 in more."""
+
+SHARED_SECONDS = 0.15
+"""How long it may take while rows write: they wait for it, and a longer gap between words is felt."""
 
 ROW_RETRIES = 2
 """Times a row is read again after steps that failed. A fault that comes back is no accident."""
+
+MEASURE_STEPS = 16
+"""Steps between two looks at how much memory is in use."""
 
 IDLE_SECONDS = 1.0
 """Idle time after which freed buffers go back to the system. Shorter would thrash between two requests."""
@@ -152,6 +159,10 @@ class EngineStats:
     """Memory that mlx holds in use: weights, caches and temporaries."""
     faults: int
     """Steps that failed."""
+    lanes: tuple[int, ...] = ()
+    """Rows of each lane."""
+    cache_bytes: int = 0
+    """Bytes of the rows' attention caches, at the last look."""
     prefix: PrefixStats = field(default_factory=PrefixStats)
     """The prefix cache."""
 
@@ -224,6 +235,12 @@ class _Guard:
         return logits
 
 
+def _step_within(seconds: float, took: float) -> int:
+    """The most tokens that can be read in a time, if the fewest took that long."""
+    fits = [step for step in PREFILL_STEPS if took * step / PREFILL_STEPS[0] <= seconds]
+    return max(fits, default=PREFILL_STEPS[0])
+
+
 class Engine:
     """Generates rows together on a thread of its own.
 
@@ -248,6 +265,7 @@ class Engine:
         self._rows = rows
         self._queue_rows = queue_rows
         self._prefill_step = prefill_step
+        self._shared_step = prefill_step
         self._prefixes = prefixes
         self._commands: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._run, name="mlx-engine", daemon=True)
@@ -261,7 +279,7 @@ class Engine:
         """Tokens that the model knows; 0 until it is loaded. It may be more than its tokenizer knows."""
         self._row_seconds = 1.0
         # On the engine's thread:
-        self._batch: Batch
+        self._lanes: Lanes
         self._model: object
         self._end_tokens: frozenset[int]
         self._live: dict[int, _Live] = {}
@@ -274,6 +292,8 @@ class Engine:
         self._faults = 0
         self._stepped_at = 0.0
         self._memory_bytes = 0
+        self._cache_bytes = 0
+        self._widths: tuple[int, ...] = ()
 
     # On the event loop
 
@@ -322,6 +342,8 @@ class Engine:
             last_step_age=max(0.0, age),
             memory_bytes=self._memory_bytes,
             faults=self._faults,
+            lanes=self._widths,
+            cache_bytes=self._cache_bytes,
             prefix=PrefixStats() if self._prefixes is None else self._prefixes.stats,
         )
 
@@ -398,17 +420,20 @@ class Engine:
         if self._prefixes is not None and (reason := why_not(self._model)) is not None:
             log.info("no prefixes are kept of this model: %s", reason)
             self._prefixes = None
-        self._batch = self._new_batch()
+        self._lanes = self._new_lanes()
         self._warm_up(2)
         took = self._warm_up(PREFILL_STEPS[0] + 1)
         if self._prefill_step is None:
-            # Measured once: with a step that changes, the low bits and so even greedy replies could differ.
-            fits = [step for step in PREFILL_STEPS if took * step / PREFILL_STEPS[0] <= PREFILL_SECONDS]
-            self._prefill_step = max(fits, default=PREFILL_STEPS[0])
-            self._batch.close()
-            self._batch = self._new_batch()
+            # Measured once: with steps that change all the time, low bits would differ from run to run.
+            self._prefill_step = _step_within(PREFILL_SECONDS, took)
+            self._shared_step = _step_within(SHARED_SECONDS, took)
+            self._lanes.close()
+            self._lanes = self._new_lanes()
         mx.clear_cache()
         self._measure()
+
+    def _new_lanes(self) -> Lanes:
+        return Lanes(self._new_batch, shared_step=self._shared_step)
 
     def _new_batch(self) -> Batch:
         return Batch(
@@ -423,23 +448,23 @@ class Engine:
 
         Returns the seconds of its longest step.
         """
-        uid = self._batch.insert(
+        self._lanes.insert(
             (0,) * count, most=2, sampler=sampler(SamplingParams(temperature=0), position=0), processors=()
         )
         longest = 0.0
         while True:
             began = time.monotonic()
-            _, written = self._batch.step()
+            _, written = self._lanes.step()
             longest = max(longest, time.monotonic() - began)
             if written:
                 self.vocabulary_size = int(written[0].logprobs.shape[-1])
             if any(token.ended for token in written):
-                break
-        self._batch.remove(uid)
-        return longest
+                return longest
 
     def _measure(self) -> None:
         self._memory_bytes = int(mx.get_active_memory())
+        self._widths = tuple(self._lanes.widths)
+        self._cache_bytes = self._lanes.cache_bytes
 
     def _drain(self) -> None:
         """Runs the commands that came. With nothing to generate it sleeps until one does."""
@@ -474,7 +499,7 @@ class Engine:
 
     def _drop(self, uid: int) -> None:
         live = self._live.pop(uid)
-        self._keep(live, self._batch.remove(uid))
+        self._keep(live, self._lanes.remove(uid))
 
     def _keep(self, live: _Live, kept: Kept | None) -> None:
         """Keeps what a row that left has read, for the next one that begins the same."""
@@ -535,7 +560,7 @@ class Engine:
             caches, live.skipped = None, 0
             if self._prefixes is not None and not live.faults:
                 caches, live.skipped = self._prefixes.find(row.cache_key, tokens)
-            uid = self._batch.insert(
+            uid = self._lanes.insert(
                 tokens,
                 caches=caches,
                 cached=live.skipped,
@@ -554,12 +579,14 @@ class Engine:
 
     def _step(self) -> None:
         try:
-            read, written = self._batch.step()
+            read, written = self._lanes.step()
         except Exception as error:  # noqa: BLE001  # a fault of one row or of mlx must not end the others
             self._recover(error)
             return
         now = self._stepped_at = time.monotonic()
         self._steps += 1
+        if self._steps % MEASURE_STEPS == 0:
+            self._measure()
         for progress in read:
             self._on_read(progress)
         for token in written:
@@ -596,18 +623,13 @@ class Engine:
             self._measure()
 
     def _recover(self, error: Exception) -> None:
-        """Throws the batch away and reads its rows again: see the module's text."""
+        """Throws the lane away whose step failed and reads its rows again: see the module's text."""
         self._faults += 1
         log.error("a step failed: %s", type(error).__name__, exc_info=error)
-        rows = list(self._live.values())
+        rows = [self._live.pop(uid) for uid in self._lanes.broken()]
         blamed = [live for live in rows if live.suspect] or rows
-        self._live.clear()
-        if self._prefixes is not None:
-            self._prefixes.clear()  # what is in it may be what the step failed of
-        self._batch.close()
         gc.collect()
         mx.clear_cache()
-        self._batch = self._new_batch()
         for live in blamed:
             live.faults += 1
         # Those blamed go last, so that the others are writing again before the culprit is tried.
@@ -657,9 +679,8 @@ class Engine:
         self._flush()
         if self._prefixes is not None:
             self._prefixes.clear()
-        if hasattr(self, "_batch"):
-            self._batch.close()
-            del self._batch
+        if hasattr(self, "_lanes"):
+            self._lanes.close()
         if hasattr(self, "_model"):
             del self._model
         self._post(self._finish, self._loaded, error)
