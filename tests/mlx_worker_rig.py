@@ -82,6 +82,7 @@ async def rig(
     prefill_step: int | None = 32,
     prefixes: PrefixCache | None = None,
     isolates_callers: bool = False,
+    ceiling: int | None = None,
 ) -> AsyncIterator[Rig]:
     words = Words(path)
     await words.load()
@@ -91,6 +92,7 @@ async def rig(
         queue_rows=queue_rows,
         prefill_step=prefill_step,
         prefixes=prefixes,
+        ceiling=ceiling,
     )
     served = Served(
         model_id=MODEL,

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 import tiny_models
+from forebay.mlx_service.worker.batch import Generated
 from forebay.mlx_service.worker.engine import Engine, Over, Row, Written
 from forebay.mlx_service.worker.lanes import MAX_LANES, Lanes
 from forebay.mlx_service.worker.prefix_cache import PrefixCache
@@ -155,6 +156,7 @@ class FakeBatch:
         self.steps = 0
         self.closed = False
         self.shared: int | None = None
+        self.writes: list[Generated] = []
         self._now = now
         made.append(self)
 
@@ -170,7 +172,7 @@ class FakeBatch:
     def step(self) -> tuple[list[object], list[object]]:
         self.steps += 1
         self._now[0] += self.seconds
-        return [], []
+        return [], self.writes
 
     def remove(self, uid: int) -> None:
         return None
@@ -179,11 +181,11 @@ class FakeBatch:
         self.closed = True
 
 
-def lanes() -> tuple[Lanes, list[FakeBatch]]:
+def lanes(**settings: int) -> tuple[Lanes, list[FakeBatch]]:
     made: list[FakeBatch] = []
     now = [0.0]
     new = lambda: FakeBatch(made, now)  # noqa: E731
-    return Lanes(new, clock=lambda: now[0]), made  # type: ignore[arg-type, return-value]  # what lanes use of it
+    return Lanes(new, clock=lambda: now[0], **settings), made  # type: ignore[arg-type, return-value]  # what lanes use of it
 
 
 def add(to: Lanes, length: int) -> int:
@@ -234,3 +236,19 @@ def test_a_lane_that_stood_still_has_no_claim_on_the_time_that_passed() -> None:
     assert quick.steps <= 6
     to.remove(long)
     assert to.widths == [1]
+
+
+def test_prompts_are_read_in_smaller_steps_only_while_a_row_writes() -> None:
+    to, made = lanes(shared_step=16)
+    first = add(to, 10)
+    to.step()
+    assert made[0].shared is None
+    made[0].writes = [Generated(0, 5, None, None)]
+    to.step()
+    to.step()
+    assert made[0].shared == 16
+    made[0].writes = []
+    to.remove(first)
+    add(to, 10)
+    to.step()
+    assert made[0].shared is None

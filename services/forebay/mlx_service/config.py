@@ -75,6 +75,13 @@ class MlxSettings(ServerSettings):
         description="Memory in which each model keeps what it has read, for prompts that begin the same. "
         "0 keeps nothing. Where callers must prove who they are, nobody's prompt serves another caller.",
     )
+    memory_ceiling: ByteSize | None = Field(
+        None,
+        ge=1,
+        description="Memory that each model's weights and requests may take. What could exceed it is "
+        "refused. Default: the machine's memory but 35 %, of that at least 2 GiB and at most 12 GiB, and no more than "
+        "95 % of what Metal recommends.",
+    )
 
     load_timeout: Duration = Field(
         timedelta(minutes=10), description="How long a model may take to load before that counts as failed."

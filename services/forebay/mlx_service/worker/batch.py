@@ -128,11 +128,6 @@ class Batch:
         self._generator.prefill_step_size = min(self._prefill_step, most or self._prefill_step)
 
     @property
-    def prefill_step(self) -> int:
-        """Tokens of a prompt read in one step."""
-        return int(self._generator.prefill_step_size)
-
-    @property
     def cache_bytes(self) -> int:
         """Bytes that the rows' attention caches take."""
         return int(self._generator.prompt_cache_nbytes)

@@ -40,6 +40,7 @@ from typing import Protocol, TypeAlias
 from forebay.kit.failure import BackendError, DeadlineExceeded, Draining, Failure, QueueFull
 from forebay.mlx_service.worker.batch import Batch, Generated, Kept, Prefilled, top_tokens
 from forebay.mlx_service.worker.lanes import Lanes
+from forebay.mlx_service.worker.memory import KvCost, Ledger, probe
 from forebay.mlx_service.worker.prefix_cache import PrefixCache, PrefixStats, why_not
 from forebay.mlx_service.worker.runtime import leave_thread, mx
 from forebay.mlx_service.worker.sampling import Array, Processor, SamplingParams, processors, sampler
@@ -58,6 +59,9 @@ SHARED_SECONDS = 0.15
 
 ROW_RETRIES = 2
 """Times a row is read again after steps that failed. A fault that comes back is no accident."""
+
+FREED_BYTES = 2 << 30
+"""Freed memory that mlx may hold for the next step. Unbound, it grows to what the machine has."""
 
 MEASURE_STEPS = 16
 """Steps between two looks at how much memory is in use."""
@@ -161,6 +165,14 @@ class EngineStats:
     """Steps that failed."""
     lanes: tuple[int, ...] = ()
     """Rows of each lane."""
+    weights_bytes: int = 0
+    """Bytes of the model's weights."""
+    token_bytes: int = 0
+    """Bytes of attention cache that one token of a row takes, as measured."""
+    reserved_bytes: int = 0
+    """Bytes that the rows accepted can come to hold."""
+    ceiling_bytes: int = 0
+    """Bytes that weights and rows may take together; 0 sets no bound."""
     cache_bytes: int = 0
     """Bytes of the rows' attention caches, at the last look."""
     prefix: PrefixStats = field(default_factory=PrefixStats)
@@ -250,6 +262,7 @@ class Engine:
         queue_rows: most rows that wait for a place.
         prefill_step: tokens of a prompt read in one step. None measures what the device can do.
         prefixes: keeps what was read, for prompts that begin the same. None keeps nothing.
+        ceiling: bytes that weights and rows may take together. None sets no bound.
     """
 
     def __init__(
@@ -260,6 +273,7 @@ class Engine:
         queue_rows: int = 64,
         prefill_step: int | None = None,
         prefixes: PrefixCache | None = None,
+        ceiling: int | None = None,
     ) -> None:
         self._load = load
         self._rows = rows
@@ -278,6 +292,8 @@ class Engine:
         self.vocabulary_size = 0
         """Tokens that the model knows; 0 until it is loaded. It may be more than its tokenizer knows."""
         self._row_seconds = 1.0
+        self._ledger = Ledger(ceiling, rows=rows)
+        self._prefix_room: int | None = None
         # On the engine's thread:
         self._lanes: Lanes
         self._model: object
@@ -314,20 +330,28 @@ class Engine:
 
         Raises:
             QueueFull: too many rows wait.
+            MemoryExhausted: there is not enough memory for what the row can come to hold.
             Draining: the engine stops.
         """
         if self._stopping or self._ended.done():
             raise Draining("this model's worker is stopping")
         waiting = self._outstanding - self._rows
+        wait = timedelta(
+            seconds=round(min(max(self._row_seconds * (max(0, waiting) + 1) / self._rows, 0.5), 60.0), 1)
+        )
         if waiting >= self._queue_rows:
-            wait = min(max(self._row_seconds * (waiting + 1) / self._rows, 0.5), 60.0)
             raise QueueFull(
                 f"{self._rows} requests run and {waiting} wait; try again later",
                 metadata={"running": str(self._rows), "waiting": str(waiting)},
-                retry_after=timedelta(seconds=round(wait, 1)),
+                retry_after=wait,
             )
-        self._outstanding += 1
         ticket = Ticket(row, self._leave)
+        kept = 0 if self._prefixes is None else self._prefixes.stats.bytes
+        self._ledger.reserve(
+            ticket, len(row.tokens) + row.most, in_use=self._memory_bytes - kept, retry_after=wait
+        )
+        self._prefix_room = self._ledger.room_for_prefixes
+        self._outstanding += 1
         self._commands.put(partial(self._add, ticket))
         return ticket
 
@@ -343,6 +367,10 @@ class Engine:
             memory_bytes=self._memory_bytes,
             faults=self._faults,
             lanes=self._widths,
+            weights_bytes=self._ledger.weights,
+            token_bytes=self._ledger.cost.per_token,
+            reserved_bytes=self._ledger.reserved,
+            ceiling_bytes=self._ledger.ceiling or 0,
             cache_bytes=self._cache_bytes,
             prefix=PrefixStats() if self._prefixes is None else self._prefixes.stats,
         )
@@ -367,8 +395,17 @@ class Engine:
         self._thread.join(timeout)
 
     def _leave(self, ticket: Ticket) -> None:
-        self._outstanding -= 1
+        self._release(ticket)
         self._commands.put(partial(self._remove, ticket))
+
+    def _release(self, ticket: Ticket) -> None:
+        self._outstanding -= 1
+        self._ledger.release(ticket)
+        self._prefix_room = self._ledger.room_for_prefixes
+
+    def _weigh(self, weights: int, cost: KvCost) -> None:
+        self._ledger.weights, self._ledger.cost = weights, cost
+        self._prefix_room = self._ledger.room_for_prefixes
 
     def _deliver(self, news: list[tuple[Ticket, Happening]]) -> None:
         for ticket, happening in news:
@@ -376,7 +413,7 @@ class Engine:
                 continue
             if isinstance(happening, Over):
                 ticket.is_over = True
-                self._outstanding -= 1
+                self._release(ticket)
                 took = time.monotonic() - ticket.submitted_at
                 self._row_seconds += 0.2 * (took - self._row_seconds)
             ticket.tell(happening)
@@ -415,7 +452,12 @@ class Engine:
         # Every thread begins with the same random state; without this, equal prompts to
         # two workers would get equal "random" replies.
         mx.random.seed(int.from_bytes(os.urandom(7), "little"))
+        if self._ledger.ceiling is not None:
+            mx.set_memory_limit(self._ledger.ceiling)
+        mx.set_cache_limit(FREED_BYTES)
+        before = int(mx.get_active_memory())
         self._model, end_tokens = self._load()
+        self._post(self._weigh, int(mx.get_active_memory()) - before, probe(self._model))
         self._end_tokens = frozenset(end_tokens)
         if self._prefixes is not None and (reason := why_not(self._model)) is not None:
             log.info("no prefixes are kept of this model: %s", reason)
@@ -486,6 +528,8 @@ class Engine:
 
     def _add(self, ticket: Ticket) -> None:
         self._count += 1
+        if self._prefixes is not None:
+            self._prefixes.limit(self._prefix_room)
         heapq.heappush(self._queue, (ticket.row.urgency, self._count, ticket))
 
     def _remove(self, ticket: Ticket) -> None:
@@ -511,6 +555,7 @@ class Engine:
             return
         pin = len(live.row.tokens) - live.row.reply_count if live.row.pin else 0
         try:
+            self._prefixes.limit(self._prefix_room)
             self._prefixes.store(live.row.cache_key, kept.tokens, kept.caches, pin=pin)
         except Exception as error:  # a cache that fails costs time and no reply
             log.error("the prefix cache failed and is emptied: %s", type(error).__name__, exc_info=error)

@@ -94,6 +94,7 @@ class PrefixCache:
     def __init__(
         self, *, max_bytes: int, max_buffers: int = MAX_BUFFERS, min_tokens: int = MIN_TOKENS
     ) -> None:
+        self._budget = max_bytes
         self._max_bytes = max_bytes
         self._max_buffers = max_buffers
         self._min_tokens = max(1, min_tokens)
@@ -167,6 +168,11 @@ class PrefixCache:
             self._touch([node])
         if pin >= self._min_tokens:
             self._pin(key, whole[:pin])
+        self.shrink(self._max_bytes)
+
+    def limit(self, room: int | None) -> None:
+        """Keeps the cache within its budget and what room others leave; None leaves all of it."""
+        self._max_bytes = self._budget if room is None else min(self._budget, room)
         self.shrink(self._max_bytes)
 
     def shrink(self, max_bytes: int) -> None:

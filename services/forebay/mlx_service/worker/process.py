@@ -18,6 +18,8 @@ from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
 from typing import cast
 
+import psutil
+
 from forebay.kit import logs, process, telemetry
 from forebay.kit.config import ConfigError, ServerSettings, load
 from forebay.kit.failure import ModelLoadFailed, printable
@@ -28,6 +30,7 @@ from forebay.mlx_service.models.describe import NotAModelError, describe
 from forebay.mlx_service.worker.engine import Engine
 from forebay.mlx_service.worker.grammar import Grammars
 from forebay.mlx_service.worker.load import load_weights
+from forebay.mlx_service.worker.memory import default_ceiling, metal_memory
 from forebay.mlx_service.worker.prefix_cache import PrefixCache
 from forebay.mlx_service.worker.runtime import leave_thread
 from forebay.mlx_service.worker.service import Served, WorkerService
@@ -85,12 +88,18 @@ async def _serve(options: argparse.Namespace, settings: ServerSettings, tracing:
         facts = describe(path)
     except NotAModelError as error:
         raise ModelLoadFailed(str(error)) from error
+    ceiling = options.memory_ceiling or default_ceiling(psutil.virtual_memory().total, metal_memory())
+    if facts.disk_bytes > ceiling:
+        raise ModelLoadFailed(
+            f"{path.name}: its weights take {facts.disk_bytes} bytes and memory_ceiling is {ceiling}"
+        )
     words = Words(path)
     engine = Engine(
         lambda: (load_weights(path), words.language.end_tokens),
         rows=options.max_rows,
         queue_rows=options.queue,
         prefixes=PrefixCache(max_bytes=options.prefix_cache) if options.prefix_cache else None,
+        ceiling=ceiling,
     )
     served = Served(
         model_id=options.model_id,
@@ -215,6 +224,9 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument(
         "--prefix-cache", type=int, default=0, help="bytes for what was read of prompts; 0 keeps nothing"
+    )
+    parser.add_argument(
+        "--memory-ceiling", type=int, help="bytes that weights and requests may take; else by the machine's"
     )
     parser.add_argument(
         "--isolate-callers", action="store_true", help="keep each caller's prompts apart in the prefix cache"

@@ -38,8 +38,8 @@ finally:
 # together have panicked macOS kernels; unwired memory has not, and costs nothing measurable.
 mlx_lm.generate.maybe_set_recommended_wired_limit = lambda: None
 
-# Caches grow by this many tokens. Growing by mlx-lm's 256 would make a row of a dozen tokens hold twenty times
-# what it needs; growing by 64 copies a cache once in 64 steps, each of which reads all of it anyway.
+# Caches grow by this many tokens. Growing by mlx-lm's 256 would make a row of a dozen tokens hold twenty
+# times what it needs; growing by 64 copies a cache once in 64 steps, each of which reads all of it anyway.
 BatchKVCache.step = 64
 
 
