@@ -79,8 +79,8 @@ class MlxSettings(ServerSettings):
         None,
         ge=1,
         description="Memory that each model's weights and requests may take. What could exceed it is "
-        "refused. Default: the machine's memory but 35 %, of that at least 2 GiB and at most 12 GiB, and no more than "
-        "95 % of what Metal recommends.",
+        "refused. Default: the machine's memory but 35 %, of that at least 2 GiB and at most 12 GiB, and no "
+        "more than 95 % of what Metal recommends.",
     )
 
     load_timeout: Duration = Field(
