@@ -133,8 +133,8 @@ async def repeated(side: Side) -> tuple[float, float]:
     return await side.generate(text, 1), await side.generate(text, 1)
 
 
-def kv_held(model: Path) -> tuple[int, int, int]:
-    """Bytes held for a row of 720 tokens with seven of 12: by lanes, by one batch, and what is useful."""
+def kv_held(model: Path) -> list[tuple[int, int]]:
+    """Bytes held, and useful ones, for a row of 720 tokens with seven of 12: by lanes and by one batch."""
     from forebay.mlx_service.worker.batch import Batch
     from forebay.mlx_service.worker.lanes import Lanes
     from forebay.mlx_service.worker.load import load_weights
@@ -148,19 +148,20 @@ def kv_held(model: Path) -> tuple[int, int, int]:
     for prompt in prompts:
         greedy = sampler(SamplingParams(temperature=0), position=0)
         lanes.insert(prompt, most=2000, sampler=greedy, processors=())
-    written: set[int] = set()
-    while len(written) < len(prompts):
-        written |= {token.uid for token in lanes.step()[1]}
-    ours = lanes.cache_bytes
+    written: list[int] = []
+    while len(set(written)) < len(prompts):
+        written += [token.uid for token in lanes.step()[1]]
+    size = probe(loaded).per_token
+    ours = lanes.cache_bytes, (sum(map(len, prompts)) + len(written)) * size
     step, BatchKVCache.step = BatchKVCache.step, 256
     generator = BatchGenerator(loaded, completion_batch_size=8, prefill_batch_size=8)
     generator.insert(prompts, [2000] * 8)
     written.clear()
-    while len(written) < len(prompts):
-        written |= {token.uid for token in generator.next()[1]}
-    theirs = int(generator.prompt_cache_nbytes)
+    while len(set(written)) < len(prompts):
+        written += [token.uid for token in generator.next()[1]]
+    theirs = int(generator.prompt_cache_nbytes), (sum(map(len, prompts)) + len(written)) * size
     BatchKVCache.step = step
-    return ours, theirs, sum(map(len, prompts)) * probe(loaded).per_token
+    return [ours, theirs]
 
 
 @asynccontextmanager
@@ -208,10 +209,9 @@ async def test_the_engine(tmp_path: Path) -> None:
             again.append([statistics.median(turn) * 1000 for turn in zip(*turns, strict=True)])
     rows.append(("first token, long prompt", again[0][0], again[1][0], "ms"))
     rows.append(("  the same again", again[0][1], again[1][1], "ms"))
-    held, held_by_batch, useful = kv_held(model)
-    rows.append(("KV held, 720 + 7 x 12", held / 1024, held_by_batch / 1024, "KiB"))
+    held, held_by_batch = (held / useful for held, useful in kv_held(model))
+    rows.append(("KV held / useful, 720 + 7x12", held, held_by_batch, ""))
     print(f"\n{'':28}{'forebay':>12}{'mlx_lm':>12}{'ratio':>8}")
     for name, a, b, unit in rows:
         print(f"{name:28}{a:>12.1f}{b:>12.1f}{a / b:>8.2f} {unit}")
     print(f"the same again / the first time: {again[0][1] / again[0][0]:.3f}")
-    print(f"KV held / useful: {held / useful:.2f}, in one batch {held_by_batch / useful:.2f}")
