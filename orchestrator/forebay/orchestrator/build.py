@@ -19,6 +19,7 @@ from forebay.orchestrator.engine import Engine, Models
 from forebay.orchestrator.fleet.channel import Channel
 from forebay.orchestrator.fleet.endpoint import Endpoint
 from forebay.orchestrator.fleet.feed import Feed
+from forebay.orchestrator.fleet.figures import show
 from forebay.orchestrator.fleet.fleet import Fleet, Member
 from forebay.orchestrator.fleet.management import Management
 from forebay.orchestrator.fleet.probe import Probe
@@ -44,7 +45,7 @@ class Orchestrator:
         source: random.Random | None = None,
     ) -> None:
         self.settings = settings
-        self._tracer = (telemetry or off()).tracer
+        self._telemetry = telemetry or off()
         self._source = source or random.Random()  # noqa: S311  # spreads load; it guards nothing
         self._clock: Clock = asyncio.get_running_loop().time
         feed = Feed()
@@ -58,8 +59,14 @@ class Orchestrator:
             clock=self._clock,
         )
         service = request_stack(
-            settings, fleet=self.fleet, router=self.router, budget=budget, source=self._source
+            settings,
+            fleet=self.fleet,
+            router=self.router,
+            budget=budget,
+            source=self._source,
+            telemetry=self._telemetry,
         )
+        show(self.fleet, self._telemetry.metrics)
         self.inference = Engine(fleet=self.fleet, service=service, default_model=settings.default_model)
         self.models = Models(fleet=self.fleet, management=self._management)
 
@@ -82,7 +89,7 @@ class Orchestrator:
         )
         channel = connect(backend.address, tls_roots=backend.tls_roots)
         endpoint.service = endpoint_stack(
-            endpoint, channel=Channel(channel, backend.name), clock=self._clock, tracer=self._tracer
+            endpoint, channel=Channel(channel, backend.name), clock=self._clock, telemetry=self._telemetry
         )
         probe = Probe(endpoint, channel, self.settings.probe, source=self._source)
         return Member(endpoint=endpoint, channel=channel, probe=probe)

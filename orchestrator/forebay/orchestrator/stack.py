@@ -9,22 +9,24 @@ from __future__ import annotations
 import random
 from datetime import timedelta
 
-from opentelemetry.trace import Tracer
-
+from forebay.kit import metrics
+from forebay.kit.failure import Failure
 from forebay.kit.layers.limit import Limit
 from forebay.kit.layers.measure import Measure
 from forebay.kit.layers.watchdog import Watchdog
 from forebay.kit.pipeline import Layer, Service, stack
+from forebay.kit.telemetry import Telemetry, off
 from forebay.orchestrator.budget import RetryBudget
 from forebay.orchestrator.clock import Clock
 from forebay.orchestrator.config import OrchestratorSettings
 from forebay.orchestrator.fleet.endpoint import Endpoint
+from forebay.orchestrator.layers.account import Account
 from forebay.orchestrator.layers.deadline import Deadline
 from forebay.orchestrator.layers.fallback import Fallback
 from forebay.orchestrator.layers.guard import Guard
 from forebay.orchestrator.layers.route import Fleet, Route
 from forebay.orchestrator.layers.span import Span
-from forebay.orchestrator.routing.router import Router
+from forebay.orchestrator.routing.router import Decision, Router
 
 
 def request_stack(
@@ -34,6 +36,7 @@ def request_stack(
     router: Router,
     budget: RetryBudget,
     source: random.Random,
+    telemetry: Telemetry | None = None,
 ) -> Service:
     """Returns the stack that every call goes down once.
 
@@ -43,9 +46,26 @@ def request_stack(
         router: decides between them.
         budget: retries that all calls share.
         source: where jitter comes from.
+        telemetry: of this process; None tells nobody.
     """
+    watched_by = telemetry or off()
+    frameworks = {backend.name: backend.framework or backend.name for backend in settings.backends}
+
+    def on_retry(failure: Failure) -> None:
+        labels = {"forebay.backend": failure.metadata.get("backend", ""), "error.type": failure.reason}
+        watched_by.metrics.add(metrics.RETRIES, labels)
+
+    def on_decision(decision: Decision) -> None:
+        chosen = decision.chosen.name if decision.chosen else ""
+        labels = {"forebay.backend": chosen, "forebay.route.class": decision.traits.request_class}
+        watched_by.metrics.add(metrics.DECISIONS, labels)
+
     return stack(
-        # On top, so that it bounds every wait below, those between attempts included.
+        # Above all, so that its span covers every attempt and every wait, and tells the caller's time.
+        lambda inner: Account(
+            inner, telemetry=watched_by, framework=lambda backend: frameworks.get(backend, metrics.OTHER)
+        ),
+        # Above all that waits, so that it bounds every wait, those between attempts included.
         lambda inner: Deadline(
             inner,
             default=settings.default_deadline,
@@ -54,20 +74,22 @@ def request_stack(
         ),
         # Above Route, so that each attempt is decided anew over the fleet as it then is. It holds the commit
         # gate, so nothing between it and the backend may keep events back.
-        lambda inner: Fallback(inner, settings=settings.retry, budget=budget, source=source),
+        lambda inner: Fallback(
+            inner, settings=settings.retry, budget=budget, source=source, on_retry=on_retry
+        ),
         # At the bottom: what is below belongs to one backend.
-        around=Route(fleet=fleet, router=router),
+        around=Route(fleet=fleet, router=router, on_decision=on_decision),
     )
 
 
-def endpoint_stack(endpoint: Endpoint, *, channel: Service, clock: Clock, tracer: Tracer) -> Service:
+def endpoint_stack(endpoint: Endpoint, *, channel: Service, clock: Clock, telemetry: Telemetry) -> Service:
     """Returns the stack of one backend, which every attempt on it goes down.
 
     Args:
         endpoint: the backend.
         channel: the call to its process.
         clock: gives the time in seconds.
-        tracer: makes the spans of the attempts.
+        telemetry: of this process.
     """
     settings = endpoint.settings
     layers: list[Layer] = [
@@ -82,7 +104,7 @@ def endpoint_stack(endpoint: Endpoint, *, channel: Service, clock: Clock, tracer
     layers += [
         # Above Watchdog, so that a stall shows on its attempt; below Limit, so that the span is the backend's
         # time and not the time in our queue. Which of Span and Measure is above the other does not matter.
-        lambda inner: Span(inner, tracer=tracer, backend=settings.name, address=settings.address),
+        lambda inner: Span(inner, telemetry=telemetry, backend=settings.name, address=settings.address),
         # Above Watchdog, so that calls that stalled are measured too.
         lambda inner: Measure(inner, record=endpoint.record, clock=clock),
         # Directly above the channel: it tells the silence of the backend from that of anything of ours.

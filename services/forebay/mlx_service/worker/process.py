@@ -18,10 +18,11 @@ from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
 from typing import cast
 
-from forebay.kit import logs, process, telemetry
+from forebay.kit import logs, metrics, process, telemetry
 from forebay.kit.config import ConfigError, ServerSettings, load
 from forebay.kit.failure import ModelLoadFailed, printable
 from forebay.kit.logs import LogSettings
+from forebay.kit.metrics import Metrics
 from forebay.kit.server import Serving, StartError, serving
 from forebay.kit.telemetry import Telemetry, TelemetrySettings
 from forebay.mlx_service.models.describe import NotAModelError, describe
@@ -66,7 +67,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         lines = error.lines if isinstance(error, ConfigError) else [str(error)]
         return _complain("; ".join(lines), process.EX_USAGE)
     logs.setup(cast("LogSettings", sections["log"]), service=SERVICE)
-    tracing = telemetry.setup("forebay-mlx", cast("TelemetrySettings", sections["telemetry"]))
+    tracing = telemetry.setup(f"forebay-{SERVICE}", cast("TelemetrySettings", sections["telemetry"]))
     try:
         return asyncio.run(_serve(options, settings, tracing))
     except StartError as error:
@@ -99,6 +100,7 @@ async def _serve(options: argparse.Namespace, settings: ServerSettings, tracing:
         rows=options.max_rows,
     )
     service = WorkerService(served, engine, words, Grammars(words))
+    _show(engine, served, tracing.metrics)
     async with process.stop_requests() as stopped:
         async with serving(settings, inference=service, telemetry=tracing) as up:
             process.announce(SERVICE, up.address)
@@ -117,6 +119,20 @@ async def _serve(options: argparse.Namespace, settings: ServerSettings, tracing:
     if failure is not None:
         raise _load_failure(failure) from failure  # last, so that nothing is said after it
     return code
+
+
+def _show(engine: Engine, served: Served, to: Metrics) -> None:
+    model = {"gen_ai.request.model": to.admit(served.model_id)}
+
+    def rows() -> list[tuple[float, dict[str, str]]]:
+        stats = engine.stats()
+        return [
+            (stats.live, model | {"forebay.state": "live"}),
+            (stats.waiting, model | {"forebay.state": "waiting"}),
+        ]
+
+    to.observe(metrics.ROWS, rows)
+    to.observe(metrics.MEMORY, lambda: [(engine.stats().memory_bytes, model)])
 
 
 def _load_failure(error: BaseException) -> ModelLoadFailed:
