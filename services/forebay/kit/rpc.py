@@ -52,7 +52,7 @@ MODEL_SERVICE = "forebay.models.v1.ModelService"
 RequestT = TypeVar("RequestT", pb.GenerateRequest, pb.EmbedRequest, pb.CountTokensRequest)
 AnswerT = TypeVar("AnswerT", bound=Message)
 
-_SILENT = trace.NoOpTracerProvider().get_tracer("forebay")
+_SILENT = kit_telemetry.off()
 
 # The stubs' type for a context names both stacks; only the aio one is ever given.
 Context = grpc.aio.ServicerContext[Any, Any]
@@ -137,7 +137,8 @@ class Edge:
         }
         parent = propagate.extract(metadata)
         is_silent = is_routine and not trace.get_current_span(parent).get_span_context().is_valid
-        span = (_SILENT if is_silent else self.telemetry.tracer).start_span(
+        telemetry = _SILENT if is_silent else self.telemetry
+        span = telemetry.tracer.start_span(
             method,
             context=parent,
             kind=SpanKind.SERVER,
@@ -145,7 +146,7 @@ class Edge:
             record_exception=False,
             set_status_on_exception=False,
         )
-        token = otel_context.attach(self.telemetry.attached(trace.set_span_in_context(span, parent)))
+        token = otel_context.attach(telemetry.attached(trace.set_span_in_context(span, parent)))
         began = time.monotonic()
         status = "OK"
         counted = False
