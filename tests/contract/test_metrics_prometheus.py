@@ -22,8 +22,14 @@ from forebay.testing.processes import ServiceProcess
 
 ROOT = Path(__file__).parents[2]
 DASHBOARD = ROOT / "deploy/grafana/dashboards/forebay.json"
-SILENT = ("forebay_worker_restarts", "forebay_models_loaded", "forebay_model_load", "forebay_degradations")
-"""Metrics of mlx-service, which does not run here, and of what nothing here does."""
+SILENT = (
+    "forebay_worker_restarts",
+    "forebay_models_loaded",
+    "forebay_model_load",
+    "forebay_prefill",
+    "forebay_degradations",
+)
+"""Metrics of mlx-service, which does not run here, and of what a scripted backend does not do."""
 
 pytestmark = pytest.mark.skipif(
     shutil.which("prometheus") is None, reason="prometheus is missing: apt install prometheus"

@@ -251,8 +251,9 @@ def _count_tokens(found: Metrics, model: str, watched: Watched) -> None:
     usage, timings = watched.finished.usage, watched.finished.timings
     found.add(metrics.TOKENS, {**label, "gen_ai.token.type": "input"}, usage.prompt_token_count)
     found.add(metrics.TOKENS, {**label, "gen_ai.token.type": "input_cached"}, usage.cached_token_count)
-    result = "hit" if usage.cached_token_count else "miss"
-    found.add(metrics.CACHE, {"forebay.cache": "prefix", "forebay.cache.result": result})
+    for result, is_so in (("hit", usage.cached_token_count > 0), ("miss", usage.cached_token_count == 0)):
+        # Both, so that a cache that never hits shows a share of 0 and not nothing.
+        found.add(metrics.CACHE, {"forebay.cache": "prefix", "forebay.cache.result": result}, int(is_so))
     if timings.HasField("queue_duration"):
         found.record(metrics.QUEUE_WAIT, _seconds(timings.queue_duration), label)
     if timings.HasField("prefill_duration"):
