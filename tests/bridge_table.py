@@ -30,16 +30,18 @@ _LISTENING = re.compile(r"listening on (?P<url>http://\S+)\n")
 
 
 @asynccontextmanager
-async def _bridge(service: str, section: str, url: str, folder: Path) -> AsyncIterator[str]:
+async def bridge(service: str, section: str, url: str, folder: Path, *, slots: int = 0) -> AsyncIterator[str]:
+    """Runs a bridge as a process; gives its address."""
     config = folder / f"{section}.toml"
-    config.write_text(f'[{section}]\nbase_url = "{url}"\n')
+    config.write_text(f'[{section}]\nbase_url = "{url}"\n' + (f"slots = {slots}\n" if slots else ""))
     arguments = ["--config", str(config), "--address", "127.0.0.1:0"]
     async with ServiceProcess(f"forebay.{service}", arguments) as process:
         yield process.address
 
 
 @asynccontextmanager
-async def _emulator(name: str, *arguments: str) -> AsyncIterator[str]:
+async def emulator(name: str, *arguments: str) -> AsyncIterator[str]:
+    """Runs an emulator as a process; gives its URL."""
     process = ServiceProcess(f"forebay.testing.{name}", ["--port", "0", *arguments])
     await process.launch()
     try:
@@ -48,14 +50,15 @@ async def _emulator(name: str, *arguments: str) -> AsyncIterator[str]:
         await process.kill()
 
 
-async def _models(address: str, wanted: int) -> list[pb.Model]:
+async def models(address: str, wanted: int) -> list[pb.Model]:
+    """Waits until a bridge lists so many models with capabilities, and returns them."""
     async with client(address) as caller, asyncio.timeout(60):
         while True:
             request = pb.ListModelsRequest()
             answer = await caller.inference.ListModels(request, wait_for_ready=True)
-            models = [model for model in answer.models if model.capabilities]
-            if len(models) >= wanted:
-                return models
+            listed = [model for model in answer.models if model.capabilities]
+            if len(listed) >= wanted:
+                return listed
             await asyncio.sleep(0.1)
 
 
@@ -64,23 +67,23 @@ async def columns(folder: Path) -> dict[str, pb.Model]:
     found: dict[str, pb.Model] = {}
     async with AsyncExitStack() as stack:
         enter = stack.enter_async_context
-        url = await enter(_emulator("fake_ollama"))
-        address = await enter(_bridge("ollama_bridge", "ollama", url, folder))
-        listed = {model.id: model for model in await _models(address, 4)}
+        url = await enter(emulator("fake_ollama"))
+        address = await enter(bridge("ollama_bridge", "ollama", url, folder))
+        listed = {model.id: model for model in await models(address, 4)}
         for id_ in NAMES["Ollama"]:
             found[f"Ollama: {id_.removesuffix(':latest')}"] = listed[id_]
         url = await enter(
-            _emulator("fake_lmstudio", "--models", "chat,seeing:vision,thinking:reasoning,embedding:embed")
+            emulator("fake_lmstudio", "--models", "chat,seeing:vision,thinking:reasoning,embedding:embed")
         )
-        address = await enter(_bridge("lmstudio_bridge", "lmstudio", url, folder))
-        listed = {model.id: model for model in await _models(address, 4)}
+        address = await enter(bridge("lmstudio_bridge", "lmstudio", url, folder))
+        listed = {model.id: model for model in await models(address, 4)}
         for id_ in NAMES["LM Studio"]:
             found[f"LM Studio: {id_}"] = listed[id_]
         if llama.find() is not None:
             model = llama.write_model(folder / "tiny.gguf")
             with llama.llama_server(folder, model=model) as server:
-                async with _bridge("openai_bridge", "openai", server.url, folder) as address:
-                    found["llama-server"] = (await _models(address, 1))[0]
+                async with bridge("openai_bridge", "openai", server.url, folder) as address:
+                    found["llama-server"] = (await models(address, 1))[0]
         tiny_models.build_random(folder / "models" / "tiny")
         config = folder / "mlx.toml"
         config.write_text(

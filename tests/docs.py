@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ast
+import inspect
 import json
 import re
 import sys
@@ -11,6 +13,7 @@ from functools import partial
 from pathlib import Path
 from typing import get_args
 
+from forebay.cli.problems import ExitCode
 from forebay.cli.settings import settings_types
 from forebay.kit import metrics
 from forebay.kit.config import SECTIONS, Settings
@@ -69,6 +72,21 @@ def _inner(kind: type[Settings], name: str) -> tuple[type[Settings] | None, str]
         if isinstance(argument, type) and issubclass(argument, Settings):
             return argument, "table" if str in get_args(annotation) else "list"
     return None, ""
+
+
+def exit_codes() -> str:
+    """Returns the table of what the command exits with. Its meanings are the strings below the members."""
+    lines = ["| code | meaning |", "| --- | --- |"]
+    (tree,) = ast.parse(textwrap.dedent(inspect.getsource(ExitCode))).body
+    assert isinstance(tree, ast.ClassDef)
+    for code, meaning in zip(tree.body[1::2], tree.body[2::2], strict=True):
+        assert isinstance(code, ast.Assign)
+        assert isinstance(code.value, ast.Constant)
+        assert isinstance(meaning, ast.Expr)
+        assert isinstance(meaning.value, ast.Constant)
+        text = str(meaning.value.value).replace("|", "\\|")
+        lines.append(f"| {code.value.value} | {text} |")
+    return "\n".join(lines)
 
 
 _MARKS = {"one": "", "list": "[]", "table": ".NAME"}
@@ -137,6 +155,7 @@ def measurements() -> str:
 
 
 TABLES: dict[str, tuple[str, Callable[[], str]]] = {
+    "exit-codes": ("docs/command.md", exit_codes),
     "failures": ("docs/protocol.md", failures),
     "metrics": ("docs/observability.md", measurements),
     **{name: ("docs/configuration.md", partial(section, name)) for name in SECTIONS},

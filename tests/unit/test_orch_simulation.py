@@ -31,6 +31,7 @@ from forebay.kit.failure import (
 )
 from forebay.kit.pipeline import Call, Request, Send, Service
 from forebay.kit.telemetry import off
+from forebay.orchestrator.admission import Admission
 from forebay.orchestrator.budget import RetryBudget
 from forebay.orchestrator.config import BackendSettings, OrchestratorSettings
 from forebay.orchestrator.fleet.breaker import BreakerState
@@ -158,7 +159,12 @@ class Simulation:
         retry = self.settings.retry
         budget = RetryBudget(ratio=retry.budget_ratio, per_second=retry.budget_per_second, clock=now)
         self.stack = request_stack(
-            self.settings, fleet=self, router=router, budget=budget, source=self.chance
+            self.settings,
+            fleet=self,
+            router=router,
+            budget=budget,
+            source=self.chance,
+            admission=Admission(queue=100, ageing=15.0, capacity=lambda _: 1000, clock=now),
         )
 
     def _endpoint(self, backend: PlayedBackend) -> Endpoint:

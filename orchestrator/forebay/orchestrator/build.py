@@ -12,10 +12,12 @@ from forebay.fleet.v1 import fleet_pb2_grpc
 from forebay.kit.channel import connect
 from forebay.kit.rpc import Edge
 from forebay.kit.telemetry import Telemetry, off
+from forebay.orchestrator.admission import Admission
 from forebay.orchestrator.budget import RetryBudget
 from forebay.orchestrator.clock import Clock
-from forebay.orchestrator.config import BackendSettings, OrchestratorSettings
+from forebay.orchestrator.config import BackendSettings, CacheSettings, OrchestratorSettings
 from forebay.orchestrator.engine import Engine, Models
+from forebay.orchestrator.fleet.capacity import Capacity
 from forebay.orchestrator.fleet.channel import Channel
 from forebay.orchestrator.fleet.endpoint import Endpoint
 from forebay.orchestrator.fleet.feed import Feed
@@ -23,6 +25,7 @@ from forebay.orchestrator.fleet.figures import show
 from forebay.orchestrator.fleet.fleet import Fleet, Member
 from forebay.orchestrator.fleet.management import Management
 from forebay.orchestrator.fleet.probe import Probe
+from forebay.orchestrator.replies import MemoryStore, Store
 from forebay.orchestrator.routing.router import Router
 from forebay.orchestrator.servicer import FLEET_SERVICE, FleetServicer
 from forebay.orchestrator.stack import endpoint_stack, request_stack
@@ -58,15 +61,26 @@ class Orchestrator:
             per_second=settings.retry.budget_per_second,
             clock=self._clock,
         )
+        self.admission = Admission(
+            queue=settings.admission.queue,
+            queue_bytes=settings.admission.queue_bytes,
+            ageing=settings.admission.ageing.total_seconds(),
+            capacity=Capacity(self.fleet, unknown=settings.admission.concurrency, clock=self._clock),
+            clock=self._clock,
+        )
         service = request_stack(
             settings,
             fleet=self.fleet,
             router=self.router,
             budget=budget,
             source=self._source,
+            admission=self.admission,
+            store=self._store(settings.cache),
+            spawn=self.fleet.spawn,
+            weights=self.fleet.weights,
             telemetry=self._telemetry,
         )
-        show(self.fleet, self._telemetry.metrics)
+        show(self.fleet, self.admission, self._telemetry.metrics)
         self.inference = Engine(fleet=self.fleet, service=service, default_model=settings.default_model)
         self.models = Models(fleet=self.fleet, management=self._management)
 
@@ -77,6 +91,26 @@ class Orchestrator:
         )
         fleet_pb2_grpc.add_FleetServiceServicer_to_server(servicer, server)
         return [FLEET_SERVICE]
+
+    def _store(self, settings: CacheSettings) -> Store | None:
+        if not settings.max_bytes:
+            return None
+        ttl = settings.ttl.total_seconds()
+        memory = MemoryStore(max_bytes=settings.max_bytes, ttl=ttl, clock=self._clock)
+        if not settings.url:
+            return memory
+        # Its client comes with the extra `cache`, which most installations do without.
+        from forebay.orchestrator.remote_store import RemoteStore  # noqa: PLC0415
+
+        remote = RemoteStore(
+            settings.url,
+            ttl=ttl,
+            timeout=settings.timeout.total_seconds(),
+            largest=memory.largest,
+            clock=self._clock,
+        )
+        self.fleet.on_close(remote.close)
+        return remote
 
     def _member(self, backend: BackendSettings, feed: Feed) -> Member:
         aliases = {

@@ -7,6 +7,7 @@ a call after everything above it, and its events and failures before.
 from __future__ import annotations
 
 import random
+from collections.abc import Callable
 from datetime import timedelta
 
 from forebay.kit import metrics
@@ -16,16 +17,21 @@ from forebay.kit.layers.measure import Measure
 from forebay.kit.layers.watchdog import Watchdog
 from forebay.kit.pipeline import Layer, Service, stack
 from forebay.kit.telemetry import Telemetry, off
+from forebay.orchestrator.admission import Admission
 from forebay.orchestrator.budget import RetryBudget
 from forebay.orchestrator.clock import Clock
 from forebay.orchestrator.config import OrchestratorSettings
 from forebay.orchestrator.fleet.endpoint import Endpoint
 from forebay.orchestrator.layers.account import Account
+from forebay.orchestrator.layers.admit import Admit
+from forebay.orchestrator.layers.coalesce import Coalesce, Spawn
 from forebay.orchestrator.layers.deadline import Deadline
 from forebay.orchestrator.layers.fallback import Fallback
 from forebay.orchestrator.layers.guard import Guard
+from forebay.orchestrator.layers.remember import Lookup, Remember
 from forebay.orchestrator.layers.route import Fleet, Route
 from forebay.orchestrator.layers.span import Span
+from forebay.orchestrator.replies import Store
 from forebay.orchestrator.routing.router import Decision, Router
 
 
@@ -36,6 +42,10 @@ def request_stack(
     router: Router,
     budget: RetryBudget,
     source: random.Random,
+    admission: Admission,
+    store: Store | None = None,
+    spawn: Spawn | None = None,
+    weights: Callable[[str], str] = lambda model: "",
     telemetry: Telemetry | None = None,
 ) -> Service:
     """Returns the stack that every call goes down once.
@@ -46,6 +56,10 @@ def request_stack(
         router: decides between them.
         budget: retries that all calls share.
         source: where jitter comes from.
+        admission: the queue before all backends.
+        store: where answers are kept; None keeps none.
+        spawn: starts tasks that no call owns; None shares no replies.
+        weights: returns what is known of the weights behind a model's name.
         telemetry: of this process; None tells nobody.
     """
     watched_by = telemetry or off()
@@ -60,6 +74,31 @@ def request_stack(
         labels = {"forebay.backend": chosen, "forebay.route.class": decision.traits.request_class}
         watched_by.metrics.add(metrics.DECISIONS, labels)
 
+    def on_lookup(lookup: Lookup) -> None:
+        for result, count in (("hit", lookup.hits), ("miss", lookup.misses)):
+            labels = {"forebay.cache": "replies", "forebay.cache.result": result}
+            watched_by.metrics.add(metrics.CACHE, labels, count)
+
+    caching: list[Layer] = []
+    if store is not None:
+        # Above Coalesce and Admit: an answer that is known takes neither a flight nor a permit.
+        caching.append(
+            lambda inner: Remember(
+                inner, store=store, weights=weights, is_shared=settings.cache.shared, on_lookup=on_lookup
+            )
+        )
+    if spawn is not None and settings.coalesce != "never":
+        # Above Admit, so that whoever joins a reply holds no permit, nor a place in the queue.
+        caching.append(
+            lambda inner: Coalesce(
+                inner,
+                spawn=spawn,
+                when=settings.coalesce,
+                longest=settings.max_deadline,
+                weights=weights,
+                is_shared=settings.cache.shared,
+            )
+        )
     return stack(
         # Above all, so that its span covers every attempt and every wait, and tells the caller's time.
         lambda inner: Account(
@@ -72,6 +111,9 @@ def request_stack(
             longest=settings.max_deadline,
             margin=settings.deadline_margin,
         ),
+        *caching,
+        # Above Fallback, so that a call keeps its place over its attempts.
+        lambda inner: Admit(inner, admission=admission),
         # Above Route, so that each attempt is decided anew over the fleet as it then is. It holds the commit
         # gate, so nothing between it and the backend may keep events back.
         lambda inner: Fallback(

@@ -155,7 +155,7 @@ DEGRADATIONS = Metric(
 )  # fmt: skip
 CACHE = Metric(
     name="forebay.cache.lookups", kind="counter", unit="1", labels=("forebay.cache", "forebay.cache.result"),
-    meaning="Answers that were looked for in a cache: `hit` or `miss`. The prefix cache counts prompts.",
+    meaning="Lookups by result: of prompts in a framework's `prefix` cache, of answers in `replies`.",
 )  # fmt: skip
 DECISIONS = Metric(
     name="forebay.route.decisions", kind="counter", unit="1", labels=(_BACKEND, "forebay.route.class"),
@@ -188,6 +188,10 @@ BREAKER = Metric(
 MODEL_BREAKERS = Metric(
     name="forebay.breaker.models", kind="gauge", unit="1", labels=(_BACKEND,),
     meaning="Models of a backend whose own breaker is not closed.",
+)  # fmt: skip
+WAITING = Metric(
+    name="forebay.admission.waiting", kind="gauge", unit="1",
+    meaning="Calls that wait in the orchestrator's own queue, before any backend was chosen.",
 )  # fmt: skip
 RESTARTS = Metric(
     name="forebay.worker.restarts", kind="counter", unit="1", labels=(_MODEL,),

@@ -20,13 +20,17 @@ from typing import cast
 
 from forebay.kit import logs, metrics, process, telemetry
 from forebay.kit.config import ConfigError, ServerSettings, load
+from forebay.kit.engine import InferenceEngine
 from forebay.kit.failure import ModelLoadFailed, printable
 from forebay.kit.logs import LogSettings
 from forebay.kit.metrics import Metrics
 from forebay.kit.server import Serving, StartError, serving
 from forebay.kit.telemetry import Telemetry, TelemetrySettings
-from forebay.mlx_service.models.describe import NotAModelError, describe
-from forebay.mlx_service.worker.engine import Engine
+from forebay.mlx_service.models.describe import ModelFacts, NotAModelError, describe
+from forebay.mlx_service.worker.embedding.engine import EmbeddingEngine
+from forebay.mlx_service.worker.embedding.service import assemble
+from forebay.mlx_service.worker.embedding.texts import Texts
+from forebay.mlx_service.worker.engine import Engine, EngineStats
 from forebay.mlx_service.worker.grammar import Grammars
 from forebay.mlx_service.worker.load import load_weights
 from forebay.mlx_service.worker.runtime import leave_thread
@@ -85,6 +89,31 @@ async def _serve(options: argparse.Namespace, settings: ServerSettings, tracing:
         facts = describe(path)
     except NotAModelError as error:
         raise ModelLoadFailed(str(error)) from error
+    service, engine, words = _embedding(options, facts) if facts.recipe else _chat(options, facts)
+    _show(engine, options.model_id, tracing.metrics)
+    async with process.stop_requests() as stopped:
+        async with serving(settings, inference=service, telemetry=tracing) as up:
+            process.announce(SERVICE, up.address)
+            async with _watching(stopped, options.parent_pid):
+                loading = asyncio.create_task(_load(words, engine))
+                await _first(loading, stopped)
+                failure = loading.exception() if loading.done() else None
+                if loading.done() and failure is None:
+                    log.info("%s is loaded: %s", options.model_id, engine.stats())
+                    await up.set_ready(True, "the model is loaded")
+                    await _serve_until(stopped, up, engine, options.stall_limit)
+                is_loaded = loading.done()
+                loading.cancel()
+        words.close()
+        code = await _end(engine, is_loaded=is_loaded, is_asked=stopped.is_set())
+    if failure is not None:
+        raise _load_failure(failure) from failure  # last, so that nothing is said after it
+    return code
+
+
+def _chat(options: argparse.Namespace, facts: ModelFacts) -> tuple[InferenceEngine, Engine, Words]:
+    """Puts together what generates text."""
+    path: Path = options.model
     words = Words(path)
     engine = Engine(
         lambda: (load_weights(path), words.language.end_tokens),
@@ -99,35 +128,30 @@ async def _serve(options: argparse.Namespace, settings: ServerSettings, tracing:
         default_max_tokens=options.default_max_tokens,
         rows=options.max_rows,
     )
-    service = WorkerService(served, engine, words, Grammars(words))
-    _show(engine, served, tracing.metrics)
-    async with process.stop_requests() as stopped:
-        async with serving(settings, inference=service, telemetry=tracing) as up:
-            process.announce(SERVICE, up.address)
-            async with _watching(stopped, options.parent_pid):
-                loading = asyncio.create_task(_load(words, engine))
-                await _first(loading, stopped)
-                failure = loading.exception() if loading.done() else None
-                if loading.done() and failure is None:
-                    log.info("%s is loaded: %s", served.model_id, engine.stats())
-                    await up.set_ready(True, "the model is loaded")
-                    await _serve_until(stopped, up, engine, options.stall_limit)
-                is_loaded = loading.done()
-                loading.cancel()
-        words.close()
-        code = await _end(engine, is_loaded=is_loaded, is_asked=stopped.is_set())
-    if failure is not None:
-        raise _load_failure(failure) from failure  # last, so that nothing is said after it
-    return code
+    return WorkerService(served, engine, words, Grammars(words)), engine, words
 
 
-def _show(engine: Engine, served: Served, to: Metrics) -> None:
-    model = {"gen_ai.request.model": to.admit(served.model_id)}
+def _embedding(
+    options: argparse.Namespace, facts: ModelFacts
+) -> tuple[InferenceEngine, EmbeddingEngine, Texts]:
+    """Puts together what embeds text."""
+    return assemble(
+        options.model,
+        facts,
+        model_id=options.model_id,
+        backend=options.name,
+        token_count=options.context,
+    )
+
+
+def _show(engine: Engine | EmbeddingEngine, model_id: str, to: Metrics) -> None:
+    model = {"gen_ai.request.model": to.admit(model_id)}
 
     def rows() -> list[tuple[float, dict[str, str]]]:
         stats = engine.stats()
+        live = stats.live if isinstance(stats, EngineStats) else 0
         return [
-            (stats.live, model | {"forebay.state": "live"}),
+            (live, model | {"forebay.state": "live"}),
             (stats.waiting, model | {"forebay.state": "waiting"}),
         ]
 
@@ -141,12 +165,14 @@ def _load_failure(error: BaseException) -> ModelLoadFailed:
     return ModelLoadFailed(f"the model is loaded and cannot be run: {type(error).__name__}: {error}")
 
 
-async def _load(words: Words, engine: Engine) -> None:
+async def _load(words: Words | Texts, engine: Engine | EmbeddingEngine) -> None:
     await words.load()
     await engine.start()
 
 
-async def _serve_until(stopped: asyncio.Event, up: Serving, engine: Engine, stall_limit: float) -> None:
+async def _serve_until(
+    stopped: asyncio.Event, up: Serving, engine: Engine | EmbeddingEngine, stall_limit: float
+) -> None:
     """Serves until a stop is asked for or the engine ends. While a step takes too long, health says so."""
     is_moving = True
     while not stopped.is_set() and not engine.has_ended:
@@ -159,7 +185,7 @@ async def _serve_until(stopped: asyncio.Event, up: Serving, engine: Engine, stal
                 await stopped.wait()
 
 
-async def _end(engine: Engine, *, is_loaded: bool, is_asked: bool) -> int:
+async def _end(engine: Engine | EmbeddingEngine, *, is_loaded: bool, is_asked: bool) -> int:
     try:
         await engine.stop(timeout=STOP_SECONDS)
     except TimeoutError:

@@ -29,6 +29,7 @@ try:
     import mlx_lm.generate
     from mlx_lm.generate import BatchGenerator, StopSequences
     from mlx_lm.tokenizer_utils import TokenizerWrapper
+    from mlx_lm.utils import _get_classes as model_classes
     from mlx_lm.utils import load_config, load_model, load_tokenizer
 finally:
     resource.setrlimit = _setrlimit
@@ -52,5 +53,6 @@ __all__ = [
     "load_config",
     "load_model",
     "load_tokenizer",
+    "model_classes",
     "mx",
 ]
