@@ -15,7 +15,7 @@ CHECKED := services/forebay orchestrator/forebay
 JOBS ?= 2
 PYTEST := $(BIN)/python -m pytest
 
-.PHONY: help run demo test unit contract e2e lint format protos bench live soak llama-server lock clean
+.PHONY: help run demo test unit contract e2e lint format protos bench live soak llama-server lock clean compose-up compose-down compose-image
 
 help: ## Lists the targets.
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "  make %-13s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -68,6 +68,17 @@ soak: $(VENV)/.dev ## Runs the long simulations and fault runs.
 
 llama-server: $(VENV)/.dev ## Builds llama-server for the tests that use it: once, about ten minutes.
 	$(BIN)/python tests/llama.py build
+
+compose-image: ## Builds the container image.
+	docker build -f deploy/Dockerfile -t forebay:0.1.0 .
+
+compose-up: ## Starts orchestrator, bridges, Jaeger, Prometheus and Grafana in containers.
+	@mkdir -p deploy/secrets && cd deploy/secrets && touch lmstudio_token && \
+	{ test -s grafana_password || $(PYTHON) -c 'import secrets; print(secrets.token_urlsafe(18))' > grafana_password; }
+	docker compose up --build --detach --wait
+
+compose-down: ## Stops them; calls in progress end first.
+	docker compose down
 
 lock: ## Pins what CI runs again, from a clean environment.
 	rm -rf $(VENV) && $(MAKE) $(BIN)/python

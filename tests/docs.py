@@ -15,6 +15,7 @@ from typing import get_args
 
 from forebay.cli.problems import ExitCode
 from forebay.cli.settings import settings_types
+from forebay.kit import metrics
 from forebay.kit.config import SECTIONS, Settings
 from forebay.kit.failure import Failure, Internal
 
@@ -144,9 +145,19 @@ def _example_section(header: str, kind: type[Settings], path: str) -> list[str]:
     return lines + nested
 
 
+def measurements() -> str:
+    """Returns the table of every metric."""
+    lines = ["| metric | kind | unit | labels | meaning |", "| --- | --- | --- | --- | --- |"]
+    for each in metrics.CATALOG:
+        labels = ", ".join(f"`{label}`" for label in each.labels)
+        lines.append(f"| `{each.name}` | {each.kind} | {each.unit} | {labels} | {each.meaning} |")
+    return "\n".join(lines)
+
+
 TABLES: dict[str, tuple[str, Callable[[], str]]] = {
     "exit-codes": ("docs/command.md", exit_codes),
     "failures": ("docs/protocol.md", failures),
+    "metrics": ("docs/observability.md", measurements),
     **{name: ("docs/configuration.md", partial(section, name)) for name in SECTIONS},
 }
 EXAMPLE = ROOT / "forebay.example.toml"

@@ -20,6 +20,7 @@ from forebay.kit.channel import connect
 from forebay.kit.config import ServerSettings
 from forebay.kit.failure import from_status
 from forebay.kit.server import Serving, serving
+from forebay.kit.telemetry import Telemetry
 from forebay.models.v1 import models_pb2_grpc
 from forebay.orchestrator.build import Orchestrator
 from forebay.orchestrator.config import OrchestratorSettings
@@ -60,6 +61,7 @@ class Mesh:
         engines: the backends; their names are the endpoints' names too.
         absent: names of backends that are not started yet.
         backend: settings of every backend.
+        telemetry: of the orchestrator.
         settings: settings of the orchestrator.
     """
 
@@ -69,10 +71,12 @@ class Mesh:
         *engines: ScriptedEngine,
         absent: tuple[str, ...] = (),
         backend: dict[str, object] | None = None,
+        telemetry: Telemetry | None = None,
         **settings: object,
     ) -> None:
         self.backends = {engine.name: Backend(engine, f"unix:{folder}/{engine.name}") for engine in engines}
         self._absent = absent
+        self._telemetry = telemetry
         self._settings = OrchestratorSettings.model_validate(
             {
                 "address": "127.0.0.1:0",
@@ -95,7 +99,7 @@ class Mesh:
             self._stack.push_async_callback(backend.stop)
             if name not in self._absent:
                 await backend.start()
-        self.orchestrator = Orchestrator(self._settings, source=random.Random(0))
+        self.orchestrator = Orchestrator(self._settings, source=random.Random(0), telemetry=self._telemetry)
         self.fleet = await self._stack.enter_async_context(self.orchestrator.fleet)
         up = await self._stack.enter_async_context(
             serving(
@@ -104,6 +108,7 @@ class Mesh:
                 models=self.orchestrator.models,
                 more=[self.orchestrator.register],
                 model_required=False,
+                telemetry=self._telemetry,
             )
         )
         await up.set_ready(True)

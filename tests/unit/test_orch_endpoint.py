@@ -49,7 +49,7 @@ def endpoint(
         now=lambda: datetime.fromtimestamp(now(), UTC),
     )
     if engine is not None:
-        made.service = endpoint_stack(made, channel=engine.service, clock=now, tracer=off().tracer)
+        made.service = endpoint_stack(made, channel=engine.service, clock=now, telemetry=off())
     return made
 
 

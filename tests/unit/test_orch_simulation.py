@@ -181,7 +181,7 @@ class Simulation:
             }
         )
         endpoint = backend.endpoint = Endpoint(settings, aliases={}, clock=now, source=self.chance)
-        endpoint.service = endpoint_stack(endpoint, channel=backend, clock=now, tracer=off().tracer)
+        endpoint.service = endpoint_stack(endpoint, channel=backend, clock=now, telemetry=off())
         endpoint.found_serving()
         endpoint.list_models([pb.Model(id="m")])
         return endpoint

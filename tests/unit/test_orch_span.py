@@ -14,7 +14,7 @@ from opentelemetry.trace import SpanKind, StatusCode
 from forebay.inference.v1 import inference_pb2 as pb
 from forebay.kit.failure import Failure
 from forebay.kit.pipeline import Call, Request, Send
-from forebay.kit.telemetry import off
+from forebay.kit.telemetry import Telemetry, off
 from forebay.orchestrator.layers.span import Span
 from forebay.testing.calls import Sink, ask, serve, with_options
 from forebay.testing.clock import run
@@ -26,7 +26,7 @@ class Spans:
         self.exporter = InMemorySpanExporter()
         provider = TracerProvider(shutdown_on_exit=False)
         provider.add_span_processor(SimpleSpanProcessor(self.exporter))
-        self.tracer = provider.get_tracer("test")
+        self.telemetry = Telemetry(provider.get_tracer("test"), provider)
 
     def one(self) -> ReadableSpan:
         (span,) = self.exporter.get_finished_spans()
@@ -40,7 +40,7 @@ def spans() -> Spans:
 
 
 def layer(spans: Spans) -> Span:
-    return Span(ScriptedEngine().service, tracer=spans.tracer, backend="mlx", address="x:1")
+    return Span(ScriptedEngine().service, telemetry=spans.telemetry, backend="mlx", address="x:1")
 
 
 def attributes(span: ReadableSpan) -> dict[str, object]:
@@ -105,7 +105,11 @@ def test_what_is_below_sees_the_attempt_as_its_parent(spans: Spans) -> None:
         seen.append(trace.get_current_span().get_span_context().span_id)
         await send(pb.EmbedResponse())
 
-    run(serve(Span(inner, tracer=spans.tracer, backend="mlx", address="x:1"), pb.EmbedRequest(model="m")))
+    run(
+        serve(
+            Span(inner, telemetry=spans.telemetry, backend="mlx", address="x:1"), pb.EmbedRequest(model="m")
+        )
+    )
     span = spans.one()
     assert span.name.endswith("/Embed")
     assert span.context is not None
@@ -114,6 +118,6 @@ def test_what_is_below_sees_the_attempt_as_its_parent(spans: Spans) -> None:
 
 def test_without_tracing_events_pass_untouched() -> None:
     sink = Sink()
-    quiet = Span(ScriptedEngine().service, tracer=off().tracer, backend="mlx", address="x:1")
+    quiet = Span(ScriptedEngine().service, telemetry=off(), backend="mlx", address="x:1")
     run(serve(quiet, ask(), sink=sink))
     assert sink.kinds[-1] == "finished"

@@ -22,6 +22,7 @@ from forebay.orchestrator.fleet.capacity import Capacity
 from forebay.orchestrator.fleet.channel import Channel
 from forebay.orchestrator.fleet.endpoint import Endpoint
 from forebay.orchestrator.fleet.feed import Feed
+from forebay.orchestrator.fleet.figures import show
 from forebay.orchestrator.fleet.fleet import Fleet, Member
 from forebay.orchestrator.fleet.management import Management
 from forebay.orchestrator.fleet.probe import Probe
@@ -49,7 +50,7 @@ class Orchestrator:
         source: random.Random | None = None,
     ) -> None:
         self.settings = settings
-        self._tracer = (telemetry or off()).tracer
+        self._telemetry = telemetry or off()
         self._source = source or random.Random()  # noqa: S311  # spreads load; it guards nothing
         self._clock: Clock = asyncio.get_running_loop().time
         feed = Feed()
@@ -81,7 +82,9 @@ class Orchestrator:
             spawn=self.fleet.spawn,
             weights=self.fleet.weights,
             times=self._times,
+            telemetry=self._telemetry,
         )
+        show(self.fleet, self.admission, self._telemetry.metrics)
         self.inference = Engine(fleet=self.fleet, service=service, default_model=settings.default_model)
         self.models = Models(fleet=self.fleet, management=self._management)
 
@@ -133,7 +136,7 @@ class Orchestrator:
             endpoint,
             channel=Channel(channel, backend.name, credentials=credentials),
             clock=self._clock,
-            tracer=self._tracer,
+            telemetry=self._telemetry,
         )
         probe = Probe(endpoint, channel, self.settings.probe, source=self._source, credentials=credentials)
         return Member(endpoint=endpoint, channel=channel, probe=probe, credentials=credentials)

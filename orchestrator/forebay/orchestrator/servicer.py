@@ -46,7 +46,7 @@ class FleetServicer(fleet_pb2_grpc.FleetServiceServicer):
         self, request: fleet_pb2.ListBackendsRequest, context: Context
     ) -> fleet_pb2.ListBackendsResponse:
         """Lists the backends."""
-        async with self._edge.serve(context, f"{FLEET_SERVICE}/ListBackends"):
+        async with self._edge.serve(context, f"{FLEET_SERVICE}/ListBackends", is_routine=True):
             return fleet_pb2.ListBackendsResponse(backends=[endpoint.to_proto() for endpoint in self._fleet])
 
     async def WatchBackends(  # type: ignore[override]  # stubs know only generators

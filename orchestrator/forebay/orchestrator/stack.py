@@ -10,17 +10,19 @@ import random
 from collections.abc import Callable
 from datetime import timedelta
 
-from opentelemetry.trace import Tracer
-
+from forebay.kit import metrics
+from forebay.kit.failure import Failure
 from forebay.kit.layers.limit import Limit
 from forebay.kit.layers.measure import Measure
 from forebay.kit.layers.watchdog import Watchdog
 from forebay.kit.pipeline import Layer, Service, stack
+from forebay.kit.telemetry import Telemetry, off
 from forebay.orchestrator.admission import Admission
 from forebay.orchestrator.budget import RetryBudget
 from forebay.orchestrator.clock import Clock
 from forebay.orchestrator.config import OrchestratorSettings
 from forebay.orchestrator.fleet.endpoint import Endpoint
+from forebay.orchestrator.layers.account import Account
 from forebay.orchestrator.layers.admit import Admit
 from forebay.orchestrator.layers.coalesce import Coalesce, Spawn
 from forebay.orchestrator.layers.continue_ import Continue
@@ -28,12 +30,12 @@ from forebay.orchestrator.layers.deadline import Deadline
 from forebay.orchestrator.layers.fallback import Fallback
 from forebay.orchestrator.layers.guard import Guard
 from forebay.orchestrator.layers.hedge import FirstDeltas, Hedge
-from forebay.orchestrator.layers.remember import Remember
+from forebay.orchestrator.layers.remember import Lookup, Remember
 from forebay.orchestrator.layers.route import Fleet, Route
 from forebay.orchestrator.layers.span import Span
 from forebay.orchestrator.layers.verify import Verify
 from forebay.orchestrator.replies import Store
-from forebay.orchestrator.routing.router import Router
+from forebay.orchestrator.routing.router import Decision, Router
 
 
 def request_stack(
@@ -48,6 +50,7 @@ def request_stack(
     spawn: Spawn | None = None,
     weights: Callable[[str], str] = lambda model: "",
     times: FirstDeltas | None = None,
+    telemetry: Telemetry | None = None,
 ) -> Service:
     """Returns the stack that every call goes down once.
 
@@ -62,12 +65,32 @@ def request_stack(
         spawn: starts tasks that no call owns; None shares no replies.
         weights: returns what is known of the weights behind a model's name.
         times: how long first deltas took lately. None knows of none.
+        telemetry: of this process; None tells nobody.
     """
+    watched_by = telemetry or off()
+    frameworks = {backend.name: backend.framework or backend.name for backend in settings.backends}
+
+    def on_retry(failure: Failure) -> None:
+        labels = {"forebay.backend": failure.metadata.get("backend", ""), "error.type": failure.reason}
+        watched_by.metrics.add(metrics.RETRIES, labels)
+
+    def on_decision(decision: Decision) -> None:
+        chosen = decision.chosen.name if decision.chosen else ""
+        labels = {"forebay.backend": chosen, "forebay.route.class": decision.traits.request_class}
+        watched_by.metrics.add(metrics.DECISIONS, labels)
+
+    def on_lookup(lookup: Lookup) -> None:
+        for result, count in (("hit", lookup.hits), ("miss", lookup.misses)):
+            labels = {"forebay.cache": "replies", "forebay.cache.result": result}
+            watched_by.metrics.add(metrics.CACHE, labels, count)
+
     caching: list[Layer] = []
     if store is not None:
         # Above Coalesce and Admit: an answer that is known takes neither a flight nor a permit.
         caching.append(
-            lambda inner: Remember(inner, store=store, weights=weights, is_shared=settings.cache.shared)
+            lambda inner: Remember(
+                inner, store=store, weights=weights, is_shared=settings.cache.shared, on_lookup=on_lookup
+            )
         )
     if spawn is not None and settings.coalesce != "never":
         # Above Admit, so that whoever joins a reply holds no permit, nor a place in the queue.
@@ -82,7 +105,11 @@ def request_stack(
             )
         )
     return stack(
-        # On top, so that it bounds every wait below, those between attempts included.
+        # Above all, so that its span covers every attempt and every wait, and tells the caller's time.
+        lambda inner: Account(
+            inner, telemetry=watched_by, framework=lambda backend: frameworks.get(backend, metrics.OTHER)
+        ),
+        # Above all that waits, so that it bounds every wait, those between attempts included.
         lambda inner: Deadline(
             inner,
             default=settings.default_deadline,
@@ -100,23 +127,25 @@ def request_stack(
         lambda inner: Continue(inner, settings=settings.retry, budget=budget, source=source),
         # Above Route, so that each attempt is decided anew over the fleet as it then is. It holds the commit
         # gate, so nothing between it and the backend may keep a delta back.
-        lambda inner: Fallback(inner, settings=settings.retry, budget=budget, source=source),
+        lambda inner: Fallback(
+            inner, settings=settings.retry, budget=budget, source=source, on_retry=on_retry
+        ),
         # Below Fallback, for two racers are one attempt: whichever answers first is the attempt's answer.
         # Above Route, so that each racer is routed by itself.
         lambda inner: Hedge(inner, settings=settings.hedge, budget=budget, times=times or FirstDeltas()),
         # At the bottom: what is below belongs to one backend.
-        around=Route(fleet=fleet, router=router),
+        around=Route(fleet=fleet, router=router, on_decision=on_decision),
     )
 
 
-def endpoint_stack(endpoint: Endpoint, *, channel: Service, clock: Clock, tracer: Tracer) -> Service:
+def endpoint_stack(endpoint: Endpoint, *, channel: Service, clock: Clock, telemetry: Telemetry) -> Service:
     """Returns the stack of one backend, which every attempt on it goes down.
 
     Args:
         endpoint: the backend.
         channel: the call to its process.
         clock: gives the time in seconds.
-        tracer: makes the spans of the attempts.
+        telemetry: of this process.
     """
     settings = endpoint.settings
     layers: list[Layer] = [
@@ -131,7 +160,7 @@ def endpoint_stack(endpoint: Endpoint, *, channel: Service, clock: Clock, tracer
     layers += [
         # Above Watchdog, so that a stall shows on its attempt; below Limit, so that the span is the backend's
         # time and not the time in our queue. Which of Span and Measure is above the other does not matter.
-        lambda inner: Span(inner, tracer=tracer, backend=settings.name, address=settings.address),
+        lambda inner: Span(inner, telemetry=telemetry, backend=settings.name, address=settings.address),
         # Above Watchdog, so that calls that stalled are measured too.
         lambda inner: Measure(inner, record=endpoint.record, clock=clock),
         # Directly above the channel: it tells the silence of the backend from that of anything of ours.

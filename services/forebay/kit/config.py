@@ -178,6 +178,16 @@ class ServerSettings(Settings):
         description="SHA-256 digests, in hexadecimal, of the bearer tokens that callers may use. "
         "Empty asks for none.",
     )
+    metrics_address: Address | None = Field(
+        default=None,
+        description="Address of a page for Prometheus, such as `127.0.0.1:50250`: /metrics over plain HTTP. "
+        "Unset has none. By convention its port is that of `address` plus 100.",
+    )
+    metrics_hosts: tuple[str, ...] = Field(
+        (),
+        description="Names by which that page may be asked for, besides those of this machine. "
+        "Any other `Host` is refused, so that no web page can read it through a browser.",
+    )
 
     @pydantic.model_validator(mode="after")
     def _check_exposure(self) -> ServerSettings:
@@ -196,6 +206,18 @@ class ServerSettings(Settings):
                 f"address {self.address} can be reached from other machines: set tls_certificate, tls_key "
                 "and auth_token_digests (or tls_client_roots), or insecure_listen = true to serve "
                 "without protection"
+            )
+        return self
+
+    @pydantic.model_validator(mode="after")
+    def _check_metrics(self) -> ServerSettings:
+        address = self.metrics_address
+        if address is not None and address.startswith("unix:"):
+            raise ValueError(f"metrics_address {address}: Prometheus needs a port, not a socket")
+        if address is not None and not is_local(address) and not self.insecure_listen:
+            raise ValueError(
+                f"metrics_address {address} can be reached from other machines, and shows names of "
+                "models and figures to whoever asks: set insecure_listen = true to allow that"
             )
         return self
 

@@ -65,9 +65,15 @@ def main(
             print(line, file=sys.stderr)  # noqa: T201 - there is no log yet, and people read this
         return EX_USAGE
     logs.setup(cast("LogSettings", sections["log"]), service=service)
-    tracing = telemetry.setup(f"forebay-{service}", cast("TelemetrySettings", sections["telemetry"]))
+    settings = cast("SettingsT", sections[service])
     try:
-        asyncio.run(_serve(serve(cast("SettingsT", sections[service]), tracing)))
+        tracing = _telemetry(service, settings, cast("TelemetrySettings", sections["telemetry"]))
+    except OSError as error:
+        where = f"metrics_address {settings.metrics_address}"
+        print(f"forebay {service}: {where} cannot be bound: {error}", file=sys.stderr)  # noqa: T201 - one readable line, not a log record
+        return EX_UNAVAILABLE
+    try:
+        asyncio.run(_serve(serve(settings, tracing)))
     except StartError as error:
         if arguments.debug:
             traceback.print_exc()
@@ -79,6 +85,18 @@ def main(
     finally:
         tracing.shutdown()
     return 0
+
+
+def _telemetry(service: str, settings: ServerSettings, wanted: TelemetrySettings) -> Telemetry:
+    if wanted.otlp_endpoint:
+        # Processes started from here, such as a model's worker, may find another file, or none.
+        os.environ["FOREBAY_TELEMETRY__OTLP_ENDPOINT"] = wanted.otlp_endpoint
+    return telemetry.setup(
+        f"forebay-{service}",
+        wanted,
+        metrics_address=settings.metrics_address,
+        metrics_hosts=settings.metrics_hosts,
+    )
 
 
 async def _serve(served: Awaitable[None]) -> None:

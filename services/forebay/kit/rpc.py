@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 import uuid
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -24,19 +25,18 @@ from opentelemetry.trace import SpanKind, Status, StatusCode
 
 from forebay.inference.v1 import inference_pb2 as pb
 from forebay.inference.v1 import inference_pb2_grpc
+from forebay.kit import genai, metrics, spans, validation
 from forebay.kit import telemetry as kit_telemetry
-from forebay.kit import validation
 from forebay.kit.engine import InferenceEngine, ModelEngine
 from forebay.kit.failure import (
     CallerLeft,
     DeadlineExceeded,
     Draining,
     Failure,
-    Fault,
     Internal,
     InvalidRequest,
 )
-from forebay.kit.pipeline import Call, Event
+from forebay.kit.pipeline import Call, Event, Request
 from forebay.kit.telemetry import Telemetry
 from forebay.models.v1 import models_pb2 as models_pb
 from forebay.models.v1 import models_pb2_grpc
@@ -51,6 +51,8 @@ MODEL_SERVICE = "forebay.models.v1.ModelService"
 
 RequestT = TypeVar("RequestT", pb.GenerateRequest, pb.EmbedRequest, pb.CountTokensRequest)
 AnswerT = TypeVar("AnswerT", bound=Message)
+
+_SILENT = kit_telemetry.off()
 
 # The stubs' type for a context names both stacks; only the aio one is ever given.
 Context = grpc.aio.ServicerContext[Any, Any]
@@ -115,21 +117,28 @@ class Edge:
 
     def __init__(self, inflight: InFlight, telemetry: Telemetry | None = None) -> None:
         self.inflight = inflight
-        self._tracer = (telemetry or kit_telemetry.off()).tracer
+        self.telemetry = telemetry or kit_telemetry.off()
+        self.telemetry.metrics.observe(metrics.ACTIVE, lambda: [(inflight.count, {})])
 
     @asynccontextmanager
-    async def serve(self, context: Context, method: str) -> AsyncIterator[trace.Span]:
+    async def serve(
+        self, context: Context, method: str, *, is_routine: bool = False
+    ) -> AsyncIterator[trace.Span]:
         """Wraps the work of one call: counts it, traces it and ends it with the right status.
 
         Args:
             context: the call's context.
             method: full name, such as `forebay.inference.v1.InferenceService/Generate`.
+            is_routine: whether the mesh itself calls it every few seconds. It then has a span only where the
+                caller traces: a thousand traces of a question nobody asked would hide the others.
         """
         metadata = {
             key: value for key, value in context.invocation_metadata() or () if isinstance(value, str)
         }
         parent = propagate.extract(metadata)
-        span = self._tracer.start_span(
+        is_silent = is_routine and not trace.get_current_span(parent).get_span_context().is_valid
+        telemetry = _SILENT if is_silent else self.telemetry
+        span = telemetry.tracer.start_span(
             method,
             context=parent,
             kind=SpanKind.SERVER,
@@ -137,7 +146,8 @@ class Edge:
             record_exception=False,
             set_status_on_exception=False,
         )
-        token = otel_context.attach(trace.set_span_in_context(span, parent))
+        token = otel_context.attach(telemetry.attached(trace.set_span_in_context(span, parent)))
+        began = time.monotonic()
         status = "OK"
         counted = False
         try:
@@ -164,7 +174,7 @@ class Edge:
         except Failure as failure:
             status = failure.code.name
             span.set_attribute("error.type", failure.reason)
-            if failure.fault is not Fault.CALLER:
+            if spans.ending_of(failure).is_error:
                 span.set_status(Status(StatusCode.ERROR, failure.reason))
             if isinstance(failure, CallerLeft):
                 raise asyncio.CancelledError from failure  # nobody is there to be told more
@@ -172,6 +182,11 @@ class Edge:
         finally:
             span.set_attribute("rpc.response.status_code", status)
             span.end()
+            self.telemetry.metrics.record(
+                metrics.SERVER_CALL,
+                time.monotonic() - began,
+                {"rpc.method": method, "rpc.response.status_code": status},
+            )
             otel_context.detach(token)
             if counted:
                 self.inflight.leave()
@@ -206,21 +221,30 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
 
         async with self._edge.serve(context, f"{INFERENCE_SERVICE}/Generate") as span:
             call = self._call(request, context, span)
-            await self._engine.generate(call, send)
+            with genai.served(self._edge.telemetry, span, cast("Call[Request]", call), send) as watched:
+                await self._engine.generate(call, watched)
 
     async def Embed(self, request: pb.EmbedRequest, context: Context) -> pb.EmbedResponse:
         """Embeds a batch of texts."""
         async with self._edge.serve(context, f"{INFERENCE_SERVICE}/Embed") as span:
-            return await self._engine.embed(self._call(request, context, span))
+            call = self._call(request, context, span)
+            with genai.served(self._edge.telemetry, span, cast("Call[Request]", call)) as watched:
+                answer = await self._engine.embed(call)
+                watched.note(answer)
+                return answer
 
     async def CountTokens(self, request: pb.CountTokensRequest, context: Context) -> pb.CountTokensResponse:
         """Counts the tokens of a conversation."""
         async with self._edge.serve(context, f"{INFERENCE_SERVICE}/CountTokens") as span:
-            return await self._engine.count_tokens(self._call(request, context, span))
+            call = self._call(request, context, span)
+            with genai.served(self._edge.telemetry, span, cast("Call[Request]", call)) as watched:
+                answer = await self._engine.count_tokens(call)
+                watched.note(answer)
+                return answer
 
     async def ListModels(self, request: pb.ListModelsRequest, context: Context) -> pb.ListModelsResponse:
         """Lists the models that can be served now."""
-        async with self._edge.serve(context, f"{INFERENCE_SERVICE}/ListModels"):
+        async with self._edge.serve(context, f"{INFERENCE_SERVICE}/ListModels", is_routine=True):
             return await self._engine.list_models(request)
 
     def _call(self, request: RequestT, context: Context, span: trace.Span) -> Call[RequestT]:

@@ -9,9 +9,10 @@ import shutil
 from collections.abc import AsyncIterator
 from datetime import timedelta
 from pathlib import Path
-from typing import TypeVar
+from typing import TypeVar, cast
 
 from forebay.inference.v1 import inference_pb2 as pb
+from forebay.kit import genai, telemetry
 from forebay.kit.engine import SendLoad, SendPull
 from forebay.kit.failure import (
     BackendUnavailable,
@@ -23,7 +24,7 @@ from forebay.kit.failure import (
     PermissionDenied,
     StreamInterrupted,
 )
-from forebay.kit.pipeline import Call, Send
+from forebay.kit.pipeline import Call, Request, Send
 from forebay.kit.relay import relay_generate, relay_unary
 from forebay.mlx_service.config import MlxSettings
 from forebay.mlx_service.default_model import (
@@ -115,18 +116,21 @@ class MlxEngine:
         source = await self._source(call.request.model, embeds=False)
         async with self._worker(source, waiting) as (id_, worker):
             request = _for_worker(call, id_)
-            await relay_generate(worker.stub.Generate, request, call, send, self._name)
+            with self._attempt(call, send) as watched:
+                await relay_generate(worker.stub.Generate, request, call, watched, self._name)
 
     async def embed(self, call: Call[pb.EmbedRequest]) -> pb.EmbedResponse:
         """Has the model loaded and relays its worker's answer."""
         source = await self._source(call.request.model, embeds=True)
         async with self._worker(source, _no_one) as (id_, worker):
-            return await relay_unary(worker.stub.Embed, _for_worker(call, id_), call, self._name)
+            with self._attempt(call):
+                return await relay_unary(worker.stub.Embed, _for_worker(call, id_), call, self._name)
 
     async def count_tokens(self, call: Call[pb.CountTokensRequest]) -> pb.CountTokensResponse:
         """Has the model loaded and relays its worker's answer."""
         async with self._worker(await self._source(call.request.model), _no_one) as (id_, worker):
-            return await relay_unary(worker.stub.CountTokens, _for_worker(call, id_), call, self._name)
+            with self._attempt(call):
+                return await relay_unary(worker.stub.CountTokens, _for_worker(call, id_), call, self._name)
 
     async def list_models(self, request: pb.ListModelsRequest) -> pb.ListModelsResponse:
         """Lists the models on disk and what became of those that were loaded."""
@@ -203,6 +207,14 @@ class MlxEngine:
         return models_pb.DeleteModelResponse()
 
     # Below: what the calls above share.
+
+    def _attempt(
+        self, call: Call[RequestT], send: Send | None = None
+    ) -> contextlib.AbstractContextManager[genai.Watched]:
+        """Gives the call to the worker its span."""
+        return genai.attempted(
+            telemetry.current(), cast("Call[Request]", call), send, backend=self._name, address="worker"
+        )
 
     @contextlib.asynccontextmanager
     async def _worker(

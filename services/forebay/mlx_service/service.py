@@ -26,7 +26,7 @@ async def serve(settings: MlxSettings, telemetry: Telemetry) -> None:
     )
     try:
         async with (
-            Supervisor(settings, launch=launcher) as supervisor,
+            Supervisor(settings, launch=launcher, measured=telemetry.metrics) as supervisor,
             MlxEngine(
                 settings,
                 registry=Registry(

@@ -28,6 +28,7 @@ from pathlib import Path
 from typing import TypeAlias
 
 from forebay.inference.v1 import inference_pb2 as pb
+from forebay.kit import metrics
 from forebay.kit.failure import (
     BackendUnavailable,
     Failure,
@@ -36,6 +37,7 @@ from forebay.kit.failure import (
     ModelLoadFailed,
     ModelQuarantined,
 )
+from forebay.kit.metrics import Metrics
 from forebay.mlx_service.config import MlxSettings
 from forebay.mlx_service.fetch import Progress, Report
 from forebay.mlx_service.process import LOAD_FAILED, Launch, Spec, Worker
@@ -196,14 +198,22 @@ class Supervisor:
         settings: limits and times.
         launch: starts a worker.
         jitter: a number in [0.0, 1.0), anew each time, that spreads restarts.
+        measured: the metrics of this process; None measures nothing.
     """
 
     def __init__(
-        self, settings: MlxSettings, *, launch: Launch, jitter: Callable[[], float] = random.random
+        self,
+        settings: MlxSettings,
+        *,
+        launch: Launch,
+        jitter: Callable[[], float] = random.random,
+        measured: Metrics | None = None,
     ) -> None:
         self._settings = settings
         self._launch = launch
         self._jitter = jitter
+        self._metrics = measured or Metrics()
+        self._metrics.observe(metrics.LOADED, lambda: [(self.loaded_count, {})])
         self._residences: dict[str, Residence] = {}
         self._keepers = asyncio.TaskGroup()
         self._closing = False
@@ -220,6 +230,11 @@ class Supervisor:
         for residence in self._residences.values():
             residence.stop(force=True)
         await self._keepers.__aexit__(None, None, None)
+
+    @property
+    def loaded_count(self) -> int:
+        """Models in memory. It may be asked on any thread."""
+        return sum(residence.state is State.ACTIVE for residence in list(self._residences.values()))
 
     def residence(self, model_id: str) -> Residence:
         """Returns a model's place."""
@@ -426,6 +441,7 @@ class Supervisor:
             if residence.restarting_since is None:
                 residence.restarting_since = now
             residence.become(State.LOADING, outcome.detail)
+            self._metrics.add(metrics.RESTARTS, self._label(residence))
             if await self._pause(residence, self._backoff(len(residence.crashes))):
                 return Outcome(End.STOPPED)
 
@@ -455,6 +471,7 @@ class Supervisor:
             if outcome is None:
                 residence.load_seconds = residence.last_used = _now()
                 residence.load_seconds -= begun
+                self._metrics.record(metrics.LOAD, residence.load_seconds, self._label(residence))
                 residence.described = await worker.describe()
                 residence.worker = worker
                 residence.restarting_since = None
@@ -467,6 +484,9 @@ class Supervisor:
             silent = outcome.end is not End.STOPPED and worker.exit_code is None
             await worker.stop(0.0 if silent else self._settings.stop_grace.total_seconds())
         return outcome
+
+    def _label(self, residence: Residence) -> dict[str, str]:
+        return {"gen_ai.request.model": self._metrics.admit(residence.id)}
 
     async def _until_loaded(self, residence: Residence, worker: Worker) -> Outcome | None:
         """Waits until the worker serves and returns None, or how it ended instead."""

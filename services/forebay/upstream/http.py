@@ -19,8 +19,8 @@ import asyncio
 import io
 import os
 import ssl
-from collections.abc import AsyncGenerator, AsyncIterator, Iterable, Mapping
-from contextlib import AsyncExitStack, asynccontextmanager
+from collections.abc import AsyncGenerator, AsyncIterator, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager, AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from types import TracebackType
@@ -28,8 +28,11 @@ from typing import Final
 from urllib.parse import quote, urlencode, urlsplit, urlunsplit
 
 import aiohttp
+from opentelemetry.trace import Span, SpanKind, set_span_in_context
+from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 from yarl import URL
 
+from forebay.kit import telemetry
 from forebay.kit.failure import (
     BackendError,
     BackendUnavailable,
@@ -38,6 +41,7 @@ from forebay.kit.failure import (
     StreamInterrupted,
     StreamStalled,
 )
+from forebay.kit.spans import traced
 from forebay.upstream.errors import UpstreamError, error_in, read_error
 from forebay.upstream.framing import LINE_LIMIT, LineSplitter, SseEvent, SseSplitter
 from forebay.upstream.values import JsonValue, dump, parse
@@ -400,20 +404,22 @@ class Upstream:
             Failure: no answer.
         """
         url = self._url(method, path, args, query)
-        response = await self._send(method, url, json=json, first_byte=first_byte)
-        try:
-            body = Body(
-                response,
-                name=self._name,
-                first_byte=first_byte,
-                between_bytes=between_bytes,
-                line_limit=self._line_limit,
-            )
-            if not 200 <= response.status < 300:
-                raise await _error(response, body)
-            yield body
-        finally:
-            response.close()  # nothing to close where the reply was read to its end
+        with self._traced(method, path, url) as span:
+            response = await self._send(method, url, json=json, first_byte=first_byte, trace=_trace_of(span))
+            try:
+                body = Body(
+                    response,
+                    name=self._name,
+                    first_byte=first_byte,
+                    between_bytes=between_bytes,
+                    line_limit=self._line_limit,
+                )
+                span.set_attribute("http.response.status_code", response.status)
+                if not 200 <= response.status < 300:
+                    raise await _error(response, body)
+                yield body
+            finally:
+                response.close()  # nothing to close where the reply was read to its end
 
     @asynccontextmanager
     async def stream_lines(
@@ -430,13 +436,30 @@ class Upstream:
         ) as body:
             yield body.lines()
 
+    def _traced(self, method: str, path: str, url: URL) -> AbstractContextManager[Span]:
+        """Gives the span of a call that is part of one of ours; what a bridge asks by itself has none.
+
+        It holds the path's template: an argument may be a name that nobody else should see.
+        """
+        attributes: dict[str, str | bool | int | float | Sequence[str]] = {
+            "http.request.method": method,
+            "url.template": path,
+            "server.address": url.host or "",
+            "server.port": url.port or 0,
+            "forebay.backend": self._name,
+        }
+        # Not the current one: the block may be left by another task than entered it.
+        return traced(
+            telemetry.current().tracer, f"{method} {path}", SpanKind.CLIENT, attributes, is_current=False
+        )
+
     async def _send(
-        self, method: str, url: URL, *, json: object, first_byte: float | None
+        self, method: str, url: URL, *, json: object, first_byte: float | None, trace: Mapping[str, str]
     ) -> aiohttp.ClientResponse:
         session = self._reads if method in {"GET", "HEAD"} else self._others
         if session is None:
             raise RuntimeError("an Upstream is used as `async with Upstream(...) as upstream`")
-        headers = {} if json is None else {"Content-Type": "application/json"}
+        headers = {**trace, **({} if json is None else {"Content-Type": "application/json"})}
         try:
             async with asyncio.timeout(first_byte):
                 return await session.request(
@@ -494,6 +517,16 @@ class Upstream:
                 cookie_jar=aiohttp.DummyCookieJar(),
             )
         )
+
+
+def _trace_of(span: Span) -> dict[str, str]:
+    """Returns the headers that make a span the parent of what the server does. Some servers do trace.
+
+    The trace alone: whatever else a caller sent along, such as baggage, is not meant for them.
+    """
+    headers: dict[str, str] = {}
+    TraceContextTextMapPropagator().inject(headers, set_span_in_context(span))
+    return headers
 
 
 def _payload(body: bytes) -> bytes | io.BytesIO:

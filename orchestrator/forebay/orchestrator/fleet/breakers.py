@@ -49,7 +49,8 @@ class Breakers:
 
     def not_closed(self) -> list[tuple[str, Breaker]]:
         """Returns every breaker that is not closed with its model; the whole backend is the model `""`."""
-        named = [("", self.whole), *self._models.items()]
+        # A copy in one step: metrics are read on another thread.
+        named = [("", self.whole), *list(self._models.items())]
         return [(model, breaker) for model, breaker in named if breaker.state is not BreakerState.CLOSED]
 
     def heal(self) -> None:

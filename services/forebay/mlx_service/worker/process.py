@@ -20,18 +20,19 @@ from typing import cast
 
 import psutil
 
-from forebay.kit import logs, process, telemetry
+from forebay.kit import logs, metrics, process, telemetry
 from forebay.kit.config import ConfigError, ServerSettings, load
 from forebay.kit.engine import InferenceEngine
 from forebay.kit.failure import ModelLoadFailed, printable
 from forebay.kit.logs import LogSettings
+from forebay.kit.metrics import Metrics
 from forebay.kit.server import Serving, StartError, serving
 from forebay.kit.telemetry import Telemetry, TelemetrySettings
 from forebay.mlx_service.models.describe import ModelFacts, NotAModelError, describe
 from forebay.mlx_service.worker.embedding.engine import EmbeddingEngine
 from forebay.mlx_service.worker.embedding.service import assemble
 from forebay.mlx_service.worker.embedding.texts import Texts
-from forebay.mlx_service.worker.engine import Engine
+from forebay.mlx_service.worker.engine import Engine, EngineStats
 from forebay.mlx_service.worker.grammar import Grammars
 from forebay.mlx_service.worker.load import load_weights
 from forebay.mlx_service.worker.memory import default_ceiling, metal_memory
@@ -74,7 +75,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         lines = error.lines if isinstance(error, ConfigError) else [str(error)]
         return _complain("; ".join(lines), process.EX_USAGE)
     logs.setup(cast("LogSettings", sections["log"]), service=SERVICE)
-    tracing = telemetry.setup("forebay-mlx", cast("TelemetrySettings", sections["telemetry"]))
+    tracing = telemetry.setup(f"forebay-{SERVICE}", cast("TelemetrySettings", sections["telemetry"]))
     try:
         return asyncio.run(_serve(options, settings, tracing))
     except StartError as error:
@@ -93,6 +94,7 @@ async def _serve(options: argparse.Namespace, settings: ServerSettings, tracing:
     except NotAModelError as error:
         raise ModelLoadFailed(str(error)) from error
     service, engine, words = _embedding(options, facts) if facts.recipe else _chat(options, facts)
+    _show(engine, options.model_id, tracing.metrics)
     async with process.stop_requests() as stopped:
         async with serving(settings, inference=service, telemetry=tracing) as up:
             process.announce(SERVICE, up.address)
@@ -152,6 +154,21 @@ def _embedding(
         backend=options.name,
         token_count=options.context,
     )
+
+
+def _show(engine: Engine | EmbeddingEngine, model_id: str, to: Metrics) -> None:
+    model = {"gen_ai.request.model": to.admit(model_id)}
+
+    def rows() -> list[tuple[float, dict[str, str]]]:
+        stats = engine.stats()
+        live = stats.live if isinstance(stats, EngineStats) else 0
+        return [
+            (live, model | {"forebay.state": "live"}),
+            (stats.waiting, model | {"forebay.state": "waiting"}),
+        ]
+
+    to.observe(metrics.ROWS, rows)
+    to.observe(metrics.MEMORY, lambda: [(engine.stats().memory_bytes, model)])
 
 
 def _load_failure(error: BaseException) -> ModelLoadFailed:

@@ -1,0 +1,367 @@
+"""The conventions for generative AI: what a span says of a request, and what is measured of its answer.
+
+Names follow OpenTelemetry's `gen_ai.*` conventions. What was asked and what
+was answered is never among them, and no switch here adds it.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from google.protobuf import duration_pb2
+from opentelemetry.trace import Span, SpanKind
+
+from forebay.inference.v1 import inference_pb2 as pb
+from forebay.kit import metrics
+from forebay.kit.failure import printable
+from forebay.kit.metrics import Metrics
+from forebay.kit.pipeline import Call, Event, Request, Send
+from forebay.kit.spans import Ending, ending_of, traced
+from forebay.kit.telemetry import Telemetry
+
+_OPERATIONS: dict[type[Request], str] = {
+    pb.GenerateRequest: "chat",
+    pb.EmbedRequest: "embeddings",
+    pb.CountTokensRequest: "count_tokens",
+}
+_METHODS: dict[type[Request], str] = {
+    pb.GenerateRequest: "Generate",
+    pb.EmbedRequest: "Embed",
+    pb.CountTokensRequest: "CountTokens",
+}
+_STAGES = {
+    pb.Progress.STAGE_QUEUED: "forebay.queued",
+    pb.Progress.STAGE_LOADING: "forebay.loading",
+    pb.Progress.STAGE_PREFILLING: "forebay.prefilling",
+}
+_SAMPLING = {"temperature", "top_p", "top_k", "seed", "frequency_penalty", "presence_penalty"}
+"""Fields of `Sampling` that the conventions know, under the same names."""
+
+NAME_CHARACTERS = 128
+"""Most characters of a model's name on a span: callers choose it."""
+
+PROVIDER = "forebay"
+"""Provider of a call that nobody has answered yet."""
+
+
+def operation(request: Request) -> str:
+    """Returns `gen_ai.operation.name`."""
+    return _OPERATIONS[type(request)]
+
+
+def model_name(name: str) -> str:
+    """Returns a model's name as spans carry it."""
+    return printable(name)[:NAME_CHARACTERS]
+
+
+def request_attributes(request: Request) -> dict[str, str | bool | int | float]:
+    """Returns what a span says of a request: parameters and counts, and no text."""
+    attributes: dict[str, str | bool | int | float] = {
+        "gen_ai.operation.name": operation(request),
+        "gen_ai.provider.name": PROVIDER,
+        "gen_ai.request.model": model_name(request.model),
+    }
+    if not isinstance(request, pb.GenerateRequest):
+        return attributes
+    sampling, limits = request.sampling, request.limits
+    for field, value in sampling.ListFields():
+        if field.name in _SAMPLING:
+            attributes[f"gen_ai.request.{field.name}"] = value
+    if limits.HasField("max_output_token_count"):
+        attributes["gen_ai.request.max_tokens"] = limits.max_output_token_count
+    attributes["gen_ai.request.stream"] = True
+    attributes["gen_ai.output.type"] = "json" if request.output_format.WhichOneof("constraint") else "text"
+    # Stop sequences are text of the caller's, so only their number is told.
+    attributes["forebay.request.stop_sequence_count"] = len(limits.stop_sequences)
+    attributes["forebay.request.message_count"] = len(request.messages)
+    attributes["forebay.request.tool_count"] = len(request.tools)
+    return attributes
+
+
+class Watched:
+    """A `Send` that notes on a span, and for the metrics, what goes by.
+
+    Args:
+        span: the span of the call.
+        send: where events go.
+        clock: gives the time in seconds.
+    """
+
+    def __init__(
+        self, span: Span, send: Send | None = None, *, clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        self._span = span
+        self._send = send
+        self._clock = clock
+        self.began = clock()
+        self.first_delta: float | None = None
+        """Seconds to the first delta."""
+        self.backend = ""
+        self.model = ""
+        """The model that answered."""
+        self.finished: pb.Finished | None = None
+        self.degradations: list[pb.Degradation] = []
+        self._last_delta = 0.0
+        self._token_count = 0
+        self._first_token_count = 0
+        self._stage = pb.Progress.STAGE_UNSPECIFIED
+
+    async def __call__(self, event: Event) -> None:
+        """Notes an event and passes it on."""
+        self.note(event)
+        assert self._send is not None, "an answer that is only noted is not sent"
+        await self._send(event)
+
+    def note(self, event: Event) -> None:
+        """Notes an event."""
+        if not isinstance(event, pb.GenerateResponse):
+            self._answered(event.backend, event.model)
+            return
+        kind = event.WhichOneof("event")
+        if kind == "delta":
+            self._last_delta = self.elapsed()
+            self._token_count += event.delta.token_count
+            if self.first_delta is None:
+                self.first_delta = self._last_delta
+                self._first_token_count = event.delta.token_count
+                self._span.add_event("forebay.first_delta")
+        elif kind == "progress":
+            self._progress(event.progress)
+        elif kind == "started":
+            self._answered(event.started.backend, event.started.model)
+            self.degradations = list(event.started.degradations)
+        elif kind == "finished":
+            self.finished = event.finished
+
+    def _answered(self, backend: str, model: str) -> None:
+        self.backend, self.model = backend, model
+
+    def _progress(self, progress: pb.Progress) -> None:
+        # A place in the queue, and a fraction read, change many times; that a stage began is the story.
+        if progress.stage == self._stage or progress.stage not in _STAGES:
+            return
+        self._stage = progress.stage
+        attributes = (
+            {"forebay.queue.position": progress.queue_position}
+            if progress.stage == pb.Progress.STAGE_QUEUED
+            else {}
+        )
+        self._span.add_event(_STAGES[progress.stage], attributes)
+
+    def elapsed(self) -> float:
+        """Seconds since the call began."""
+        return self._clock() - self.began
+
+    @property
+    def output_token_count(self) -> int:
+        """Tokens written, as `finished` tells it and else the deltas."""
+        told = self.finished.usage.output_token_count if self.finished is not None else 0
+        return told or self._token_count
+
+    @property
+    def tokens_per_second(self) -> float | None:
+        """Tokens after the first delta in a second; None if there were too few to tell."""
+        tokens = self.output_token_count - self._first_token_count
+        seconds = self._last_delta - (self.first_delta or 0.0)
+        return tokens / seconds if self.first_delta is not None and tokens > 0 and seconds > 0 else None
+
+    def describe(self) -> None:
+        """Writes onto the span what is known of the answer."""
+        span = self._span
+        if not span.is_recording():
+            return
+        if self.model:
+            span.set_attribute("gen_ai.response.model", model_name(self.model))
+        if self.backend:
+            span.set_attribute("forebay.backend", model_name(self.backend))
+        if self.first_delta is not None:
+            span.set_attribute("gen_ai.response.time_to_first_chunk", self.first_delta)
+        if self.degradations:
+            span.set_attribute("forebay.degradations", sorted({_degradation(d) for d in self.degradations}))
+        if self._token_count and self.finished is None:
+            span.set_attribute("gen_ai.usage.output_tokens", self._token_count)
+        if self.finished is not None:
+            self._describe_end(span, self.finished)
+
+    def _describe_end(self, span: Span, finished: pb.Finished) -> None:
+        usage, timings = finished.usage, finished.timings
+        reason = pb.FinishReason.Name(finished.reason).removeprefix("FINISH_REASON_").lower()
+        span.set_attribute("gen_ai.response.finish_reasons", [reason])
+        span.set_attribute("gen_ai.usage.input_tokens", usage.prompt_token_count)
+        span.set_attribute("gen_ai.usage.output_tokens", self.output_token_count)
+        if usage.cached_token_count:
+            span.set_attribute("gen_ai.usage.cache_read.input_tokens", usage.cached_token_count)
+        if usage.reasoning_token_count:
+            span.set_attribute("gen_ai.usage.reasoning.output_tokens", usage.reasoning_token_count)
+        for field, value in timings.ListFields():
+            if field.name != "first_delta_duration":  # the conventions have a name for that one
+                span.set_attribute(f"forebay.{field.name.removesuffix('_duration')}.seconds", _seconds(value))
+
+
+@contextmanager
+def served(
+    telemetry: Telemetry, span: Span, call: Call[Request], send: Send | None = None
+) -> Iterator[Watched]:
+    """Watches an answer at the edge of the process that serves it, and measures it.
+
+    Args:
+        telemetry: of this process.
+        span: the server's span of the call.
+        call: what is asked for.
+        send: where events go; None for a method with one answer, which is then noted.
+    """
+    watched = Watched(span, send)
+    ending = Ending()
+    try:
+        yield watched
+    except BaseException as error:
+        ending = ending_of(error)
+        raise
+    finally:
+        watched.describe()
+        if telemetry.metrics.enabled:
+            _record_served(telemetry.metrics, telemetry.provider, call, watched, ending)
+
+
+def _record_served(
+    found: Metrics, provider: str, call: Call[Request], watched: Watched, ending: Ending
+) -> None:
+    model = found.admit(watched.model) if watched.model else found.label(call.request.model)
+    of_model = {"gen_ai.provider.name": provider, "gen_ai.request.model": model}
+    name = {"gen_ai.operation.name": operation(call.request), **of_model}
+    found.record(metrics.REQUEST, watched.elapsed(), {**name, "error.type": ending.error_type})
+    if watched.first_delta is not None:
+        found.record(metrics.FIRST_TOKEN, watched.first_delta, of_model)
+    if (rate := watched.tokens_per_second) is not None and watched.finished is not None:
+        found.record(metrics.PER_TOKEN, 1 / rate, of_model)
+        found.record(metrics.RATE, rate, {"gen_ai.request.model": model})
+    for degradation in watched.degradations:
+        found.add(metrics.DEGRADATIONS, {"forebay.degradation": _degradation(degradation)})
+    _count_tokens(found, model, watched)
+
+
+def _count_tokens(found: Metrics, model: str, watched: Watched) -> None:
+    label = {"gen_ai.request.model": model}
+    if watched.output_token_count:
+        found.add(metrics.TOKENS, {**label, "gen_ai.token.type": "output"}, watched.output_token_count)
+    if watched.finished is None:
+        return
+    usage, timings = watched.finished.usage, watched.finished.timings
+    found.add(metrics.TOKENS, {**label, "gen_ai.token.type": "input"}, usage.prompt_token_count)
+    found.add(metrics.TOKENS, {**label, "gen_ai.token.type": "input_cached"}, usage.cached_token_count)
+    for result, is_so in (("hit", usage.cached_token_count > 0), ("miss", usage.cached_token_count == 0)):
+        # Both, so that a cache that never hits shows a share of 0 and not nothing.
+        found.add(metrics.CACHE, {"forebay.cache": "prefix", "forebay.cache.result": result}, int(is_so))
+    if timings.HasField("queue_duration"):
+        found.record(metrics.QUEUE_WAIT, _seconds(timings.queue_duration), label)
+    if timings.HasField("prefill_duration"):
+        found.record(metrics.PREFILL, _seconds(timings.prefill_duration), label)
+
+
+@contextmanager
+def requested(
+    telemetry: Telemetry, call: Call[Request], send: Send, *, framework: Callable[[str], str]
+) -> Iterator[Watched]:
+    """Gives a request its span, which covers all attempts on it, and measures it.
+
+    Args:
+        telemetry: of this process.
+        call: the request.
+        send: where events go.
+        framework: returns the framework behind a backend.
+    """
+    request = call.request
+    attributes = request_attributes(request) | {"forebay.request.id": call.request_id}
+    name = f"{operation(request)} {model_name(request.model)}"
+    ending = Ending()
+    with traced(telemetry.tracer, name, SpanKind.CLIENT, attributes) as span:
+        watched = Watched(span, send)
+        try:
+            yield watched
+        except BaseException as error:
+            ending = ending_of(error)
+            raise
+        finally:
+            provider = framework(watched.backend) if watched.backend else PROVIDER
+            span.set_attribute("gen_ai.provider.name", provider)
+            watched.describe()
+            if telemetry.metrics.enabled:
+                _record_requested(telemetry.metrics, provider, call, watched, ending)
+
+
+def _record_requested(
+    found: Metrics, provider: str, call: Call[Request], watched: Watched, ending: Ending
+) -> None:
+    model = found.admit(watched.model) if watched.model else found.label(call.request.model)
+    of_model = {"gen_ai.provider.name": provider, "gen_ai.request.model": model}
+    name = {"gen_ai.operation.name": operation(call.request), **of_model}
+    found.record(metrics.OPERATION, watched.elapsed(), {**name, "error.type": ending.error_type})
+    if watched.first_delta is not None:
+        found.record(metrics.FIRST_CHUNK, watched.first_delta, of_model)
+    if watched.finished is not None:
+        usage = watched.finished.usage
+        found.record(metrics.USAGE, usage.prompt_token_count, {**name, "gen_ai.token.type": "input"})
+        found.record(metrics.USAGE, watched.output_token_count, {**name, "gen_ai.token.type": "output"})
+
+
+@contextmanager
+def attempted(
+    telemetry: Telemetry, call: Call[Request], send: Send | None, *, backend: str, address: str
+) -> Iterator[Watched]:
+    """Gives one attempt on a backend or a worker its span, the parent of the span over there.
+
+    Args:
+        telemetry: of this process.
+        call: the attempt.
+        send: where events go; None for a method with one answer, which is then noted.
+        backend: who is asked.
+        address: where it listens.
+    """
+    method = f"forebay.inference.v1.InferenceService/{_METHODS[type(call.request)]}"
+    attributes = {
+        "rpc.system.name": "grpc",
+        "rpc.method": method,
+        "gen_ai.request.model": model_name(call.request.model),
+        "forebay.request.id": call.request_id,
+        "forebay.attempt": len(call.tried) + 1,
+        "forebay.backend": backend,
+        **_place(address),
+    }
+    ending = Ending()
+    found = telemetry.metrics
+    with traced(telemetry.tracer, method, SpanKind.CLIENT, attributes) as span:
+        watched = Watched(span, send)
+        try:
+            yield watched
+        except BaseException as error:
+            ending = ending_of(error)
+            raise
+        finally:
+            watched.backend = ""  # the name over there is not always ours, which is on the span
+            watched.describe()
+            span.set_attribute("rpc.response.status_code", ending.code)
+            labels = {"rpc.method": method, "rpc.response.status_code": ending.code}
+            found.record(metrics.CLIENT_CALL, watched.elapsed(), {**labels, "forebay.backend": backend})
+            if call.tried and ending.code == "OK":
+                found.add(metrics.FALLBACKS, {"forebay.backend": backend})
+
+
+def _place(address: str) -> dict[str, str | int]:
+    """Returns an address as the conventions want it."""
+    host, _, port = address.rpartition(":")
+    if address.startswith("unix:") or not port.isdigit():
+        return {"server.address": address.removeprefix("unix:")}
+    return {"server.address": host.strip("[]"), "server.port": int(port)}
+
+
+def _degradation(degradation: pb.Degradation) -> str:
+    try:
+        return pb.DegradationKind.Name(degradation.kind).removeprefix("DEGRADATION_KIND_").lower()
+    except ValueError:  # a kind of a newer peer
+        return metrics.OTHER
+
+
+def _seconds(duration: duration_pb2.Duration) -> float:
+    return duration.ToTimedelta().total_seconds()
