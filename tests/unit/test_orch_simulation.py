@@ -31,6 +31,7 @@ from forebay.kit.failure import (
 )
 from forebay.kit.pipeline import Call, Request, Send, Service
 from forebay.kit.telemetry import off
+from forebay.orchestrator.admission import Admission
 from forebay.orchestrator.budget import RetryBudget
 from forebay.orchestrator.config import BackendSettings, OrchestratorSettings
 from forebay.orchestrator.fleet.breaker import BreakerState
@@ -122,8 +123,10 @@ class PlayedBackend:
 class CheckedRouter(Router):
     """A router whose every refusal is checked: there was no path left."""
 
-    def decide(self, request: Request, snapshot: object, *, tried: frozenset[str] = frozenset()) -> Decision:
-        decision = super().decide(request, snapshot, tried=tried)  # type: ignore[arg-type]  # only passed on
+    def decide(
+        self, request: Request, snapshot: object, *, tried: frozenset[str] = frozenset(), **more: object
+    ) -> Decision:
+        decision = super().decide(request, snapshot, tried=tried, **more)  # type: ignore[arg-type]  # only passed on
         if decision.chosen is None:
             for candidate in decision.candidates:
                 assert not _is_path(candidate.endpoint, tried), f"the path to {candidate.name} was shut"
@@ -158,7 +161,12 @@ class Simulation:
         retry = self.settings.retry
         budget = RetryBudget(ratio=retry.budget_ratio, per_second=retry.budget_per_second, clock=now)
         self.stack = request_stack(
-            self.settings, fleet=self, router=router, budget=budget, source=self.chance
+            self.settings,
+            fleet=self,
+            router=router,
+            budget=budget,
+            source=self.chance,
+            admission=Admission(queue=100, ageing=15.0, capacity=lambda _: 1000, clock=now),
         )
 
     def _endpoint(self, backend: PlayedBackend) -> Endpoint:
