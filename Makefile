@@ -11,6 +11,8 @@ PYTHON ?= $(shell for p in python3.13 python3.12 python3.11 python3 python; do \
 PROTOS := $(shell cd protos 2>/dev/null && find forebay -name '*.proto' | sort)
 CODE := protos/forebay services/forebay orchestrator/forebay
 CHECKED := services/forebay orchestrator/forebay
+# Most tests wait for processes and clocks rather than compute. Files stay whole, for their fixtures.
+JOBS ?= 2
 PYTEST := $(BIN)/python -m pytest
 
 .PHONY: help run demo test unit contract e2e lint format protos bench live soak llama-server lock clean
@@ -26,7 +28,7 @@ demo: $(VENV)/.run ## Does the same once and exits; non-zero if no answer came.
 
 test: $(VENV)/.dev ## Runs the tests, with coverage across processes.
 	@rm -f .coverage .coverage.*
-	$(BIN)/python -m coverage run -m pytest $(ARGS)
+	$(BIN)/python -m coverage run -m pytest --numprocesses $(JOBS) --dist loadfile $(ARGS)
 	@$(BIN)/python -m coverage combine --quiet
 	@$(BIN)/python -m coverage report --fail-under=95
 

@@ -1,4 +1,4 @@
-"""A mesh that is a script, for tests of the command line: `main([...])` talks to it instead of to a channel."""
+"""A mesh that is a script, for tests of the command line: `main([...])` talks to it and not to a channel."""
 
 from __future__ import annotations
 

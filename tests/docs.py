@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ast
+import inspect
 import json
 import re
 import sys
@@ -11,6 +13,7 @@ from functools import partial
 from pathlib import Path
 from typing import get_args
 
+from forebay.cli.problems import ExitCode
 from forebay.cli.settings import settings_types
 from forebay.kit.config import SECTIONS, Settings
 from forebay.kit.failure import Failure, Internal
@@ -59,24 +62,42 @@ def _toml(value: object) -> str:
     return json.dumps(value, ensure_ascii=False)
 
 
-def _inner(kind: type[Settings], name: str) -> tuple[type[Settings] | None, bool]:
-    """Returns the settings inside a field, if there are any, and whether it holds several."""
+def _inner(kind: type[Settings], name: str) -> tuple[type[Settings] | None, str]:
+    """Returns the settings inside a field, if there are any, and whether as one, a `list` or a `table`."""
     annotation = kind.model_fields[name].annotation
     if isinstance(annotation, type) and issubclass(annotation, Settings):
-        return annotation, False
+        return annotation, "one"
     for argument in get_args(annotation):
         if isinstance(argument, type) and issubclass(argument, Settings):
-            return argument, True
-    return None, False
+            return argument, "table" if str in get_args(annotation) else "list"
+    return None, ""
+
+
+def exit_codes() -> str:
+    """Returns the table of what the command exits with. Its meanings are the strings below the members."""
+    lines = ["| code | meaning |", "| --- | --- |"]
+    (tree,) = ast.parse(textwrap.dedent(inspect.getsource(ExitCode))).body
+    assert isinstance(tree, ast.ClassDef)
+    for code, meaning in zip(tree.body[1::2], tree.body[2::2], strict=True):
+        assert isinstance(code, ast.Assign)
+        assert isinstance(code.value, ast.Constant)
+        assert isinstance(meaning, ast.Expr)
+        assert isinstance(meaning.value, ast.Constant)
+        text = str(meaning.value.value).replace("|", "\\|")
+        lines.append(f"| {code.value.value} | {text} |")
+    return "\n".join(lines)
+
+
+_MARKS = {"one": "", "list": "[]", "table": ".NAME"}
 
 
 def _keys(kind: type[Settings], path: str = "") -> Iterator[tuple[str, type[Settings], str]]:
     for name in kind.model_fields:
-        inner, several = _inner(kind, name)
-        if inner is None or several:
+        inner, shape = _inner(kind, name)
+        if inner is None or shape != "one":
             yield f"{path}{name}", kind, name
         if inner is not None:
-            yield from _keys(inner, f"{path}{name}{'[]' if several else ''}.")
+            yield from _keys(inner, f"{path}{name}{_MARKS[shape]}.")
 
 
 def section(name: str) -> str:
@@ -111,9 +132,9 @@ def _example_section(header: str, kind: type[Settings], path: str) -> list[str]:
     lines.append(header)
     nested: list[str] = []
     for name, field in kind.model_fields.items():
-        inner, several = _inner(kind, name)
+        inner, shape = _inner(kind, name)
         if inner is not None:
-            mark = "[[{}]]" if several else "[{}]"
+            mark = {"one": "[{}]", "list": "[[{}]]", "table": '[{}."NAME"]'}[shape]
             commented = _example_section(f"# {mark.format(f'{path}.{name}')}", inner, f"{path}.{name}")
             nested += ["", *commented]
             continue
@@ -124,6 +145,7 @@ def _example_section(header: str, kind: type[Settings], path: str) -> list[str]:
 
 
 TABLES: dict[str, tuple[str, Callable[[], str]]] = {
+    "exit-codes": ("docs/command.md", exit_codes),
     "failures": ("docs/protocol.md", failures),
     **{name: ("docs/configuration.md", partial(section, name)) for name in SECTIONS},
 }

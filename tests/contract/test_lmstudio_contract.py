@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+import os
+from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
-from pathlib import Path
 
 import pytest
 
@@ -14,8 +14,8 @@ from forebay.kit.server import serving
 from forebay.lmstudio_bridge.client import LmStudioClient
 from forebay.lmstudio_bridge.config import LmStudioSettings
 from forebay.lmstudio_bridge.engine import LmStudioEngine
-from forebay.testing.calls import message
 from forebay.testing.client import Client
+from forebay.testing.client import client as connect
 from forebay.testing.contract import ContractSuite, Target
 from forebay.testing.fake_lmstudio import FakeLmStudio, FakeModel, FakeOptions, Version
 
@@ -26,7 +26,7 @@ CONTEXT = 3000
 
 
 def at_length(request: pb.GenerateRequest) -> pb.GenerateRequest:
-    request.messages.append(message("Say 2500 words."))
+    request.messages[-1].parts[0].text = "Say 2500 words."
     return request
 
 
@@ -104,6 +104,14 @@ class TestOlderLmStudio(ContractSuite):
             yield target
 
 
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[llama.Running]:
+    folder = tmp_path_factory.mktemp("llama")
+    model = llama.write_model(folder / "tiny.gguf")
+    with llama.llama_server(folder, "-np", "2", "-c", "4096", "--alias", "tiny", model=model) as server:
+        yield server
+
+
 @pytest.mark.llama
 @pytest.mark.skipif(llama.find() is None, reason=llama.MISSING)
 class TestRealServerThroughTheOldestApi(ContractSuite):
@@ -114,26 +122,55 @@ class TestRealServerThroughTheOldestApi(ContractSuite):
         pytest.skip("random weights never come to the end of a call")
 
     @pytest.fixture
-    async def target(self, tmp_path: Path) -> AsyncIterator[Target]:
-        model = llama.write_model(tmp_path / "tiny.gguf")
-        async with (
-            llama.llama_server(tmp_path, "-np", "2", "-c", "4096", "--alias", "tiny", model=model) as server,
-            bridge({"base_url": server.url, "greeting": False, "slots": 2}) as address,
-        ):
+    async def target(self, server: llama.Running) -> AsyncIterator[Target]:
+        async with bridge({"base_url": server.url, "greeting": False, "slots": 2}) as address:
             yield Target(
                 address=address,
                 model="tiny",
-                capabilities=frozenset(
-                    {
-                        pb.CAPABILITY_GENERATE,
-                        pb.CAPABILITY_SEED,
-                        pb.CAPABILITY_JSON_SCHEMA,
-                        pb.CAPABILITY_LOGPROBS,
-                        pb.CAPABILITY_TOOLS,
-                    }
-                ),
+                capabilities=CAPABILITIES | {pb.CAPABILITY_LOGPROBS},
                 backend="lmstudio",
                 context_token_count=2048,
                 manages_models=False,
                 timeout=60,
             )
+
+
+LIVE = os.environ.get("FOREBAY_LMSTUDIO_URL", "")
+
+
+@pytest.mark.live
+@pytest.mark.skipif(not LIVE, reason="FOREBAY_LMSTUDIO_URL names no LM Studio")
+class TestLiveLmStudio(ContractSuite):
+    """A real LM Studio. FOREBAY_LMSTUDIO_MODEL and FOREBAY_LMSTUDIO_EMBEDDING_MODEL name its models.
+
+    Where they do not, the first that generates is taken, and the first that embeds.
+    """
+
+    @pytest.fixture
+    async def target(self) -> AsyncIterator[Target]:
+        async with bridge({"base_url": LIVE}) as address, connect(address, timeout=60) as peer:
+            listed = await peer.list_models()
+
+            def first(capability: pb.Capability.ValueType, variable: str) -> pb.Model | None:
+                named = os.environ.get(variable)
+                able = [one for one in listed if capability in able_to(one) and named in (None, one.id)]
+                return next(iter(sorted(able, key=lambda one: one.state != pb.Model.STATE_ACTIVE)), None)
+
+            model = first(pb.CAPABILITY_GENERATE, "FOREBAY_LMSTUDIO_MODEL")
+            embedding = first(pb.CAPABILITY_EMBED, "FOREBAY_LMSTUDIO_EMBEDDING_MODEL")
+            if model is None:
+                pytest.skip("LM Studio has no model that generates")
+            yield Target(
+                address=address,
+                model=model.id,
+                embedding_model=embedding.id if embedding is not None else None,
+                capabilities=able_to(model),
+                deterministic=False,
+                prepare=at_length,
+                timeout=300,
+            )
+
+
+def able_to(model: pb.Model) -> frozenset[pb.Capability.ValueType]:
+    yes = pb.CapabilityReport.SUPPORT_YES
+    return frozenset(report.capability for report in model.capabilities if report.support == yes)

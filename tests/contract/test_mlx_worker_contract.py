@@ -7,6 +7,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import grpc
@@ -24,8 +25,9 @@ pytest.importorskip("mlx.core", reason="MLX has no build for this machine")
 CONTEXT = 4096
 
 
-@pytest.fixture(scope="module")
-def address() -> Iterator[str]:
+@contextmanager
+def worker() -> Iterator[str]:
+    """Runs a worker with a tiny model; gives its address."""
     with tempfile.TemporaryDirectory(prefix="fb") as folder:
         model = tiny_models.build_random(Path(folder) / "tiny", context=CONTEXT, plain=True)
         listen = f"unix:{folder}/w.sock"
@@ -53,24 +55,35 @@ def address() -> Iterator[str]:
             assert process.wait(30) == 0
 
 
+def target_at(address: str) -> Target:
+    """Returns the target that a worker is."""
+    return Target(
+        address=address,
+        model="tiny",
+        backend="mlx",
+        capabilities=frozenset(
+            {
+                pb.CAPABILITY_JSON_SCHEMA,
+                pb.CAPABILITY_GRAMMAR,
+                pb.CAPABILITY_SEED,
+                pb.CAPABILITY_LOGPROBS,
+                pb.CAPABILITY_CONTINUE,
+                pb.CAPABILITY_COUNT_TOKENS,
+                pb.CAPABILITY_TOKEN_IDS,
+            }
+        ),
+        context_token_count=CONTEXT,
+        manages_models=False,
+    )
+
+
+@pytest.fixture(scope="module")
+def address() -> Iterator[str]:
+    with worker() as listening:
+        yield listening
+
+
 class TestMlxWorker(ContractSuite):
     @pytest.fixture
     def target(self, address: str) -> Target:
-        return Target(
-            address=address,
-            model="tiny",
-            backend="mlx",
-            capabilities=frozenset(
-                {
-                    pb.CAPABILITY_JSON_SCHEMA,
-                    pb.CAPABILITY_GRAMMAR,
-                    pb.CAPABILITY_SEED,
-                    pb.CAPABILITY_LOGPROBS,
-                    pb.CAPABILITY_CONTINUE,
-                    pb.CAPABILITY_COUNT_TOKENS,
-                    pb.CAPABILITY_TOKEN_IDS,
-                }
-            ),
-            context_token_count=CONTEXT,
-            manages_models=False,
-        )
+        return target_at(address)

@@ -1084,6 +1084,31 @@ async def test_a_load_decides_how_the_model_is_run_from_then_on(
     assert fake.seen("/api/chat")[-1].json["options"] == {}
 
 
+async def test_a_model_that_stays_for_no_time_is_loaded_all_the_same(fake: FakeOllama) -> None:
+    async with bridge(fake, keep_alive="0s") as engine:
+        assert (await say(engine)).text
+        assert "keep_alive" not in fake.seen("/api/generate")[0].json
+        assert fake.seen("/api/chat")[0].json["keep_alive"] == "0s"
+        assert fake.scheduler.loads["llama3.2:latest"] == 1
+        await until(lambda: not fake.scheduler.runners)
+        request = models_pb.LoadModelRequest(model=MODEL)
+        request.keep_alive_duration.FromTimedelta(timedelta(0))
+        with pytest.raises(failures.InvalidRequest, match="keep_alive_duration"):
+            await load(engine, request)
+
+
+@pytest.mark.parametrize(("model", "num_ctx", "context"), [("llama3.2", 1 << 20, 8192), ("llava", 16, 2048)])
+async def test_a_context_that_the_server_changes_is_not_asked_for_again(
+    fake: FakeOllama, model: str, num_ctx: int, context: int
+) -> None:
+    async with bridge(fake, models={model: {"num_ctx": num_ctx}}) as engine:
+        for _ in range(3):
+            await say(engine, ask(model=model))
+        (listed,) = [m for m in await engine.library.list_models() if m.id == f"{model}:latest"]
+    assert listed.loaded_context_token_count == context
+    assert len(fake.seen("/api/generate")) == 1
+
+
 async def test_a_load_must_not_contradict_the_settings(fake: FakeOllama) -> None:
     async with bridge(fake, models={"llama3.2": {"num_ctx": 2048}}) as engine:
         with pytest.raises(failures.InvalidRequest) as caught:

@@ -3,11 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import re
-import signal
-import sys
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
 
 import pytest
 
@@ -65,36 +60,15 @@ async def test_the_bridge_waits_for_its_server_and_preloads() -> None:
         await serving(bridge.address, "NOT_SERVING")
 
 
-@asynccontextmanager
-async def fake_process(*arguments: str) -> AsyncIterator[str]:
-    process = await asyncio.create_subprocess_exec(
-        sys.executable, "-m", "forebay.testing.fake_ollama", *arguments, stdout=asyncio.subprocess.PIPE
-    )
-    assert process.stdout is not None
-    try:
-        async with asyncio.timeout(30):
-            line = (await process.stdout.readline()).decode()
-        found = re.fullmatch(r"fake ollama listening on (http://\S+)\n", line)
-        assert found is not None, line
-        yield found[1]
-    finally:
-        process.send_signal(signal.SIGINT)
-        async with asyncio.timeout(20):
-            await process.communicate()
-    assert process.returncode == 0
-
-
 async def test_the_emulator_runs_by_itself() -> None:
-    async with (
-        fake_process("--models", "mine,yours:7b", "--token-seconds", "0") as url,
-        ServiceProcess(
-            "forebay.ollama_bridge",
-            ["--address", "127.0.0.1:0"],
-            environment={"FOREBAY_OLLAMA__BASE_URL": url},
-        ) as bridge,
-    ):
-        await serving(bridge.address, "SERVING")
-        async with client(bridge.address) as peer:
+    arguments = ["--models", "mine,yours:7b", "--token-seconds", "0"]
+    async with ServiceProcess("forebay.testing.fake_ollama", arguments) as fake:
+        environment = {"FOREBAY_OLLAMA__BASE_URL": fake.address}
+        bridged = ServiceProcess(
+            "forebay.ollama_bridge", ["--address", "127.0.0.1:0"], environment=environment
+        )
+        async with bridged as bridge, client(bridge.address) as peer:
+            await serving(bridge.address, "SERVING")
             assert {"mine:latest", "yours:7b"} <= {model.id for model in await peer.list_models()}
             reply = await peer.generate(ask(model="yours:7b"))
             assert reply[-1].finished.reason == pb.FINISH_REASON_STOP

@@ -106,6 +106,25 @@ async def test_a_request_without_a_model_is_refused_by_its_field(mesh: Mesh) -> 
     assert "default_model" in (caught.value.details() or "")
 
 
+async def test_the_operators_names_for_models_are_understood_everywhere(tmp_path: Path) -> None:
+    async with Mesh(
+        tmp_path,
+        engine("a", "Org/Long-Name"),
+        engine("b", "x:latest"),
+        aliases={"small": {"a": "org/long-name", "b": "x"}},
+        default_model="small",
+    ) as mesh:
+        for name, spelling in (("a", "Org/Long-Name"), ("b", "x:latest")):
+            for asked in ("small", ""):
+                request = ask(model=asked)
+                request.routing.backends.append(name)
+                assert (await mesh.generate(request))[0].started.model == spelling
+            answer = await mesh.models.GetModel(models_pb.GetModelRequest(model="small", backend=name))
+            assert answer.model.id == spelling
+        listed = await mesh.client.ListModels(pb.ListModelsRequest())
+        assert [list(model.aliases) for model in listed.models] == [["small"], ["small"]]
+
+
 async def test_a_cancelled_call_stops_at_the_backend(mesh: Mesh) -> None:
     stream = mesh.client.Generate(with_options(ask(model="only-a"), token_count=10_000, token_delay="5ms"))
     async for event in stream:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import json
 import os
 import pty
 import re
@@ -25,10 +26,14 @@ from forebay.cli.problems import ExitCode, Problem
 from forebay.cli.settings import UpSettings
 from forebay.cli.supervise import Program, python
 from forebay.cli.up import Plan, Up, plan
+from forebay.mlx_service.fetch import default_cache_dir
 from forebay.testing.processes import ServiceProcess
 
-PATIENCE = 40.0
+PATIENCE = 60.0
 """Longest wait for anything; several test runs may share a machine."""
+
+HOME_CACHE = default_cache_dir()
+"""Where the default model is kept between runs."""
 
 
 def free_address() -> str:
@@ -294,6 +299,28 @@ async def test_colours_appear_on_a_terminal_and_nowhere_else(tmp_path: Path) -> 
                 assert "\x1b" not in plain.out + plain.err
 
 
+@pytest.mark.mlx
+@pytest.mark.model
+async def test_the_first_question_is_answered_over_mlx_by_the_model_that_comes_along(tmp_path: Path) -> None:
+    (tmp_path / "forebay.toml").write_text(
+        f"""
+[mlx]
+address = "127.0.0.1:0"
+cache_dir = {json.dumps(str(HOME_CACHE))}
+[orchestrator]
+address = "127.0.0.1:0"
+"""
+    )
+    words = ("--only", "mlx,orchestrator", "--ask", "What is the capital of France?", "--once")
+    async with Command(tmp_path, "up", *words) as command:
+        await command.says("forebay is up on")
+        command.look()
+        assert await command.ends() == 0, command.err
+        assert "Paris" in command.out
+        assert "mlx · smollm2-135m-instruct · first token" in command.err
+        assert command.living() == []
+
+
 # The same in this process, with services that are scripts.
 
 ANNOUNCES = "import sys; print('forebay x listening on 127.0.0.1:1', flush=True); sys.stdin.read()"
@@ -372,7 +399,7 @@ async def test_without_a_backend_it_can_wait_for_one(
 async def test_without_an_orchestrator_it_keeps_the_services_until_none_is_left(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    running = Up(made(script("mlx", ANNOUNCES), script("ollama", REFUSES)), question="hi")
+    running = Up(made(script("mlx", ANNOUNCES), script("ollama", REFUSES), ready_timeout=1), question="hi")
     async with asyncio.TaskGroup() as group:
         task = group.create_task(running.run())
         said = ""
@@ -385,7 +412,7 @@ async def test_without_an_orchestrator_it_keeps_the_services_until_none_is_left(
         await until(heard, "it is up")
         os.kill(os.getpid(), signal.SIGINT)
         assert await task is ExitCode.OK
-    assert "mlx listens on 127.0.0.1:1" in said
+    assert "mlx listens, and does not serve yet, on 127.0.0.1:1" in said
     assert "ollama: x: it is not there" in said
     with pytest.raises(Problem, match="no service is left"):
         await Up(made(script("mlx", REFUSES))).run()

@@ -18,6 +18,7 @@ from forebay.inference.v1 import inference_pb2 as pb
 from forebay.testing import grammar
 from forebay.testing.calls import ask, with_options
 from forebay.testing.client import CallError, Client, client
+from forebay.testing.otlp import OtlpReceiver
 from forebay.testing.processes import ServiceProcess
 from forebay.testing.scripted import ScriptedEngine
 
@@ -61,9 +62,9 @@ class Running:
 
 
 @asynccontextmanager
-async def orchestrator(folder: Path, **addresses: str) -> AsyncIterator[Running]:
-    """Runs an orchestrator in front of the named backends."""
-    lines = ["[orchestrator]", 'address = "127.0.0.1:0"']
+async def orchestrator(folder: Path, more: str = "", **addresses: str) -> AsyncIterator[Running]:
+    """Runs an orchestrator in front of the named backends, with more lines of configuration."""
+    lines = [more, "[orchestrator]", 'address = "127.0.0.1:0"']
     for name, address in addresses.items():
         lines += [
             "[[orchestrator.backends]]",
@@ -276,6 +277,37 @@ async def test_an_orchestrator_that_is_told_to_stop_finishes_its_calls(tmp_path:
         grammar.check(events)
         assert await running.process.wait(timeout=5.0) == 0
         watch.cancel()
+
+
+async def test_each_attempt_is_a_span_between_the_orchestrators_and_the_backends(tmp_path: Path) -> None:
+    async with (
+        OtlpReceiver() as otlp,
+        backend("a", "--otlp", otlp.endpoint, "--fault", "UNAVAILABLE@before") as a,
+        backend("b", "--otlp", otlp.endpoint) as b,
+        orchestrator(
+            tmp_path, f'[telemetry]\notlp_endpoint = "{otlp.endpoint}"', a=a.address, b=b.address
+        ) as running,
+    ):
+        await running.until("a", is_active)
+        await running.until("b", is_active)
+        request = preferring("a", "b")
+        request.limits.max_output_token_count = 3
+        await running.peer.generate(request)
+        name = "forebay.inference.v1.InferenceService/Generate"
+        spans = await otlp.wait_for(5, name)
+        assert len({span.trace_id for span in spans}) == 1
+        by_id = {span.span_id: span for span in spans}
+        chains = [
+            (span.service, span.kind, by_id[span.parent].kind if span.parent else "", span.status)
+            for span in spans
+        ]
+        assert sorted(chains) == [
+            ("forebay-a", "SERVER", "CLIENT", "ERROR"),
+            ("forebay-b", "SERVER", "CLIENT", "UNSET"),
+            ("forebay-orchestrator", "CLIENT", "SERVER", "ERROR"),
+            ("forebay-orchestrator", "CLIENT", "SERVER", "UNSET"),
+            ("forebay-orchestrator", "SERVER", "", "UNSET"),
+        ]
 
 
 async def test_mistakes_in_the_configuration_are_all_told_before_anything_starts(tmp_path: Path) -> None:

@@ -173,7 +173,7 @@ async def test_a_stranger_lists_services_and_calls_them_by_reflection(caller: Cl
         assert f"forebay.{name}" in listed
     service = f"http://{mesh.address}/forebay.inference.v1.InferenceService"
     models = json.loads(await buf("-d", "{}", f"{service}/ListModels"))
-    assert [model["id"] for model in models["models"]] == [MODEL]
+    assert MODEL in [model["id"] for model in models["models"]]
     question = {
         "messages": [{"role": "ROLE_USER", "parts": [{"text": QUESTION}]}],
         "sampling": {"temperature": 0},

@@ -1,4 +1,4 @@
-"""`forebay chat` and `forebay embed`: the answer on stdout, everything about it on stderr, and the right code."""
+"""`forebay chat` and `embed`: the answer on stdout, everything about it on stderr, and the right code."""
 
 from __future__ import annotations
 
@@ -149,7 +149,10 @@ def test_a_broken_answer_is_kept_and_marked(mesh: FakeMesh, capsys: pytest.Captu
     assert out == "The capital\n"
     assert err.splitlines() == [
         "[the answer stops here: it is not complete]",
-        "error: mlx fell silent (STREAM_STALLED): ask again; `forebay status` shows whether the backend is well",
+        (
+            "error: mlx fell silent (STREAM_STALLED): ask again; "
+            "`forebay status` shows whether the backend is well"
+        ),
     ]
 
 

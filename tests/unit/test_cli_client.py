@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import hashlib
 from collections.abc import AsyncIterator
 
 import pytest
@@ -177,14 +178,38 @@ async def test_a_peer_lost_midway_is_an_interrupted_answer(engine: ScriptedEngin
     slow.backend_options["scripted"].update({"token_delay": "60s"})
     first = asyncio.Event()
     settings = ServerSettings(address="127.0.0.1:0", grace=0, notice=0)
-    async with asyncio.TaskGroup() as group:
-        async with serving(settings, inference=engine) as up, connected(up.address) as client:
+    async with (
+        asyncio.TaskGroup() as group,
+        serving(settings, inference=engine) as up,
+        connected(up.address) as client,
+    ):
 
-            async def call() -> None:
-                with pytest.raises(failure.StreamInterrupted, match="went away"):
-                    await client.generate(slow, lambda event: first.set())
+        async def call() -> None:
+            with pytest.raises(failure.StreamInterrupted, match="went away"):
+                await client.generate(slow, lambda event: first.set())
 
-            task = group.create_task(call())
-            await first.wait()
-            await up.drain()
-            await task
+        task = group.create_task(call())
+        await first.wait()
+        await up.drain()
+        await task
+
+
+async def test_a_token_from_the_environment_is_sent(
+    engine: ScriptedEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    digest = hashlib.sha256(b"open sesame").hexdigest()
+    settings = ServerSettings(address="127.0.0.1:0", auth_token_digests=(digest,))
+    async with serving(settings, inference=engine) as up:
+        async with connected(up.address) as client:
+            with pytest.raises(failure.Unauthenticated):
+                await client.models()
+        monkeypatch.setenv("FOREBAY_TOKEN", "open sesame")
+        async with connected(up.address) as client:
+            assert (await client.models()).models
+
+
+async def test_roots_that_cannot_be_read_are_a_problem(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FOREBAY_TLS_ROOTS", "/no/such/file.pem")
+    with pytest.raises(Problem, match=r"/no/such/file\.pem cannot be read"):
+        async with connected("127.0.0.1:1"):
+            pass

@@ -135,7 +135,9 @@ def test_a_failure_of_the_mesh_is_one_line_and_a_code(
 ) -> None:
     mesh.failure = failure.Unauthenticated("send a token")
     assert main(["status"]) == ExitCode.REFUSED
-    assert capsys.readouterr().err == "error: send a token (UNAUTHENTICATED)\n"
+    assert capsys.readouterr().err == (
+        "error: send a token (UNAUTHENTICATED): set FOREBAY_TOKEN to a token that the orchestrator knows\n"
+    )
 
 
 def test_drain_and_resume_name_the_new_state(mesh: FakeMesh, capsys: pytest.CaptureFixture[str]) -> None:

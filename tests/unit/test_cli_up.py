@@ -283,7 +283,10 @@ async def test_a_fetch_shows_how_far_it_is(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     lines = [{"what": "downloading", "done": n, "total": 4096} for n in (0, 2048, 4096)]
-    body = f"import json, sys\nassert '--json' in sys.argv\nfor line in {lines!r}: print(json.dumps(line))\nprint('[]')"
+    body = (
+        "import json, sys\nassert '--json' in sys.argv\n"
+        f"for line in {lines!r}: print(json.dumps(line))\nprint('[]')"
+    )
     module = fetcher(tmp_path, monkeypatch, body)
     await up.fetch_default_model(up.Voice([]), tmp_path, module=module)
     assert capsys.readouterr().err.splitlines() == [

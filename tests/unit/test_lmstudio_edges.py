@@ -32,7 +32,7 @@ from forebay.testing import grammar
 from forebay.testing.calls import Sink, message
 from forebay.testing.fake_lmstudio import Version
 from forebay.testing.fake_lmstudio_script import Close, Headers, Reply, Reset, Stall
-from lmstudio import DOWNLOAD, EMBED, LOAD, TOKEN, UNLOAD, ask, chunk, rig, until
+from lmstudio import DOWNLOAD, EMBED, LOAD, TOKEN, UNLOAD, Rig, ask, chunk, rig, until
 
 UNEXPECTED = {"error": "Unexpected endpoint or method. (GET /x)"}
 NO_V1 = Version.parse("0.3.14")
@@ -142,6 +142,14 @@ async def test_edge_41_a_refused_token_is_named_and_never_shown(
         for word in ("sk-bogus-E", "sk-lm-AbCd", "Malformed", "Bearer"):
             assert word not in said
         assert all("token" in one.message for one in failures)
+
+
+async def test_edge_41_a_greeting_that_asks_for_a_token_is_named_too() -> None:
+    async with rig() as r:
+        r.fake.script("GET", "/lmstudio-greeting", Reply.json({"error": "sk-bogus-E***"}, status=401))
+        with pytest.raises(UpstreamUnauthenticated) as refused:
+            await r.client.probe()
+        assert "sk-bogus" not in str(refused.value)
 
 
 async def test_edge_41_the_right_token_is_sent() -> None:
@@ -674,16 +682,39 @@ async def test_edge_57_deleting_is_not_possible() -> None:
             await r.engine.delete_model(models_pb.DeleteModelRequest(model="nothing"))
 
 
-async def test_edge_58_a_model_that_is_unloaded_in_use_ends_its_replies_as_broken_off() -> None:
-    async with rig() as r:
-        await r.fake.load("tiny")
+async def step(r: Rig) -> None:
+    """Lets a reply that is held at its next token have that token."""
+    r.fake.gates.release("token")
+    r.fake.gates.hold("token")
+    await r.fake.gates.arrived("token")
+
+
+async def test_edge_58_an_eviction_by_lm_studio_itself_breaks_a_reply_off() -> None:
+    async with rig(version=NO_V1) as r:
+        await r.load("tiny")
         r.fake.gates.hold("token")
         reply = asyncio.ensure_future(r.fails(ask()))
         await r.fake.gates.arrived("token")
+        await step(r)
+        await until(lambda: r.sinks[-1].text)
+        await r.fake.studio.load("other", jit=True)  # another application asks for another model
         r.fake.gates.release("token")
-        await until(lambda: r.sinks[-1].text or reply.done())
-        reply.cancel()
-        await asyncio.wait([reply])
+        assert type(await reply) is StreamInterrupted
+
+
+async def test_edge_58_what_the_bridge_loaded_is_not_evicted() -> None:
+    async with rig() as r:
+        await r.load("tiny")
+        r.fake.gates.hold("token")
+        reply = asyncio.ensure_future(r.generate(ask()))
+        await r.fake.gates.arrived("token")
+        await r.fake.studio.load("other", jit=True)
+        r.fake.gates.release("token")
+        assert (await reply).text
+
+
+async def test_edge_58_a_model_that_is_unloaded_in_use_ends_its_replies_as_broken_off() -> None:
+    async with rig() as r:
         cut = "event: error\ndata: " + json.dumps({"error": {"message": "Model unloaded."}}) + "\n\n"
         await r.script(Reply.sse(chunk("a"), cut, done=False))
         assert type(await r.fails(ask())) is StreamInterrupted
@@ -807,16 +838,18 @@ async def test_edge_61_a_slot_is_busy_until_the_server_has_read_the_prompt() -> 
 
 
 async def test_edge_61_a_caller_who_leaves_in_the_middle_closes_the_socket_at_once() -> None:
-    async with rig() as r:
-        await r.script(Reply.sse(chunk("a"), Stall(), done=False))
-        reply = asyncio.ensure_future(r.generate(ask(), complete=False))
-        await until(lambda: r.sinks and r.sinks[-1].text)
+    async with rig(token_seconds=0.005, context_length=8000) as r:
+        reply = asyncio.ensure_future(r.generate(ask("Say 4000 words."), complete=False))
+        await until(lambda: r.sinks and len(r.sinks[-1].text) > 20)
+        assert r.fake.busy("tiny") == 1
         loop = asyncio.get_running_loop()
         began = loop.time()
         reply.cancel()
         await asyncio.wait([reply])
+        await until(lambda: r.fake.busy("tiny") == 0)
         assert loop.time() - began < 0.2
-        assert repr(r.engine).endswith("<Memory []>>")
+        assert r.fake.disconnects == 1
+        assert repr(r.engine).endswith("<Memory [tiny 0]>>")
 
 
 async def test_edge_62_only_loaded_models_may_be_listed() -> None:

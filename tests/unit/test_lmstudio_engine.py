@@ -441,6 +441,20 @@ async def test_an_unload_waits_for_the_load_of_its_model() -> None:
         assert r.fake.studio.loaded() == []
 
 
+async def test_an_unload_of_a_model_whose_load_fails_succeeds() -> None:
+    async with rig() as r:
+        r.fake.gates.hold("load")
+        load_ = asyncio.ensure_future(r.load("broken"))
+        await r.fake.gates.arrived("load")
+        unload = asyncio.ensure_future(r.unload("broken"))
+        for _ in range(20):
+            await asyncio.sleep(0)
+        r.fake.gates.release("load")
+        assert (await unload).state == pb.Model.STATE_FAILED
+        with pytest.raises(ModelLoadFailed):
+            await load_
+
+
 async def test_a_model_that_nobody_uses_is_unloaded_after_its_time() -> None:
     async with rig(settings={"ttl": 0.05}) as r:
         await r.fake.load("other")

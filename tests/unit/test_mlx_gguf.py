@@ -11,8 +11,7 @@ import numpy as np
 import pytest
 
 import tiny_models
-from forebay.mlx_service.default_model import DEFAULT_MODEL
-from forebay.mlx_service.fetch import default_cache_dir
+from forebay.mlx_service.fetch import default_cache_dir, ensure_default_gguf
 from forebay.mlx_service.models.describe import describe
 from forebay.mlx_service.models.gguf_file import GgufError, read_head
 from forebay.mlx_service.models.gguf_import import convert, main
@@ -240,9 +239,7 @@ def test_a_file_that_is_not_there_is_said(tmp_path: Path) -> None:
 
 @pytest.mark.model
 async def test_the_default_model_knows_the_capital_of_france(tmp_path: Path) -> None:
-    source = DEFAULT_MODEL.gguf(default_cache_dir())
-    if not source.exists():
-        pytest.skip("fetch it once: python -m forebay.mlx_service.fetch --gguf")
+    source = await ensure_default_gguf(default_cache_dir(), lambda progress: None)  # once a machine
     convert(source, tmp_path / "smol")
     async with rig(tmp_path / "smol", prefill_step=None) as running:
         reply = await running.generate(ask("What is the capital of France?", most=10))

@@ -100,3 +100,28 @@ def test_every_scorer_has_a_weight_and_every_weight_a_scorer() -> None:
 def test_every_key_is_described() -> None:
     for name, field in OrchestratorSettings.model_fields.items():
         assert field.description, name
+
+
+@pytest.mark.parametrize(
+    ("line", "expected"),
+    [
+        ("admission.ageing = 0", "ageing must be longer than 0"),
+        ("admission.concurrency = 0", "orchestrator.admission.concurrency"),
+        ("cache.ttl = 0", "max_bytes = 0 switches the cache off"),
+        ('cache.url = "http://x"', "url begins with redis://"),
+        ('coalesce = "perhaps"', "orchestrator.coalesce"),
+    ],
+)
+def test_mistakes_about_the_queue_and_the_cache_are_told(tmp_path: Path, line: str, expected: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        read(tmp_path, f"[orchestrator]\n{line}")
+    assert expected in caught.value.lines[0]
+
+
+def test_a_remote_cache_without_its_client_is_a_mistake(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(ConfigError) as caught:
+        read(tmp_path, '[orchestrator]\ncache.url = "redis://127.0.0.1/0"')
+    assert "pip install 'forebay[cache]'" in caught.value.lines[0]

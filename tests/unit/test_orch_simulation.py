@@ -31,6 +31,7 @@ from forebay.kit.failure import (
 )
 from forebay.kit.pipeline import Call, Request, Send, Service
 from forebay.kit.telemetry import off
+from forebay.orchestrator.admission import Admission
 from forebay.orchestrator.budget import RetryBudget
 from forebay.orchestrator.config import BackendSettings, OrchestratorSettings
 from forebay.orchestrator.fleet.breaker import BreakerState
@@ -76,6 +77,8 @@ class PlayedBackend:
         self.name = name
         self.chance = chance
         self.fault_rate = chance.choice([0.0, 0.1, 0.5, 1.0])
+        self.only_before = False
+        """Whether it only ever fails before its first delta, and never by refusing the caller."""
         self.attempts = 0
         self.active = 0
         self.endpoint: Endpoint
@@ -97,6 +100,8 @@ class PlayedBackend:
         chance = self.chance
         fails_at = chance.randint(-1, 3) if chance.random() < self.fault_rate else 99
         await asyncio.sleep(chance.expovariate(5.0))
+        if self.only_before and fails_at < 99:
+            raise BackendUnavailable("as played", metadata={"backend": self.name})
         if fails_at == -1:
             raise self._fault()
         await send(pb.GenerateResponse(started=pb.Started(backend=self.name, model="m")))
@@ -118,8 +123,10 @@ class PlayedBackend:
 class CheckedRouter(Router):
     """A router whose every refusal is checked: there was no path left."""
 
-    def decide(self, request: Request, snapshot: object, *, tried: frozenset[str] = frozenset()) -> Decision:
-        decision = super().decide(request, snapshot, tried=tried)  # type: ignore[arg-type]  # only passed on
+    def decide(
+        self, request: Request, snapshot: object, *, tried: frozenset[str] = frozenset(), **more: object
+    ) -> Decision:
+        decision = super().decide(request, snapshot, tried=tried, **more)  # type: ignore[arg-type]  # only passed on
         if decision.chosen is None:
             for candidate in decision.candidates:
                 assert not _is_path(candidate.endpoint, tried), f"the path to {candidate.name} was shut"
@@ -154,7 +161,12 @@ class Simulation:
         retry = self.settings.retry
         budget = RetryBudget(ratio=retry.budget_ratio, per_second=retry.budget_per_second, clock=now)
         self.stack = request_stack(
-            self.settings, fleet=self, router=router, budget=budget, source=self.chance
+            self.settings,
+            fleet=self,
+            router=router,
+            budget=budget,
+            source=self.chance,
+            admission=Admission(queue=100, ageing=15.0, capacity=lambda _: 1000, clock=now),
         )
 
     def _endpoint(self, backend: PlayedBackend) -> Endpoint:
@@ -275,3 +287,40 @@ def test_whatever_happens_the_promises_hold(block: int) -> None:
 @pytest.mark.parametrize("seed", [1, 2, 3])
 def test_one_seed_is_one_schedule(seed: int) -> None:
     assert play(seed) == play(seed)
+
+
+class Steady(Simulation):
+    """Many calls on three backends whose fault rates are given, without flapping."""
+
+    def __init__(self, *fault_rates: float) -> None:
+        super().__init__(7)
+        for backend, rate in zip(self.backends, fault_rates, strict=True):
+            backend.fault_rate = rate
+            backend.only_before = True
+
+    async def hold(self, calls: int) -> tuple[int, int]:
+        """Returns how many calls were served, and in how many attempts."""
+        async with asyncio.TaskGroup() as group:
+            for _ in range(calls):
+                await asyncio.sleep(self.chance.expovariate(20.0))
+                group.create_task(self._call(is_impatient=False))
+        return self.outcomes["done"], sum(backend.attempts for backend in self.backends)
+
+
+def hold(*fault_rates: float, calls: int) -> tuple[int, int, float]:
+    async def body() -> tuple[int, int, float]:
+        served, attempts = await Steady(*fault_rates).hold(calls)
+        return served, attempts, now()
+
+    return run(body())
+
+
+def test_half_the_calls_failing_on_one_of_three_backends_is_not_noticed() -> None:
+    served, attempts, _ = hold(0.5, 0.0, 0.0, calls=3000)
+    assert served >= 0.999 * 3000
+    assert attempts <= 1.05 * 3000  # the breaker keeps calls away, so few had to be made twice
+
+
+def test_all_backends_failing_cannot_multiply_the_calls() -> None:
+    _, attempts, seconds = hold(1.0, 1.0, 1.0, calls=3000)
+    assert attempts <= 1.2 * 3000 + 10.0 * (seconds + 1.0)

@@ -8,6 +8,7 @@ from forebay.cli.client import Client
 from forebay.cli.problems import ExitCode, Problem
 from forebay.inference.v1 import inference_pb2 as pb
 from forebay.kit.failure import InvalidRequest, ModelNotFound
+from forebay.mlx_service.default_model import DEFAULT_EMBEDDING_MODEL
 
 _USABLE = (pb.Model.STATE_ACTIVE, pb.Model.STATE_LOADING, pb.Model.STATE_AVAILABLE)
 
@@ -44,9 +45,10 @@ def pick(models: Iterable[pb.Model], capability: pb.Capability.ValueType) -> str
         return ids[0]
     word = pb.Capability.Name(capability).removeprefix("CAPABILITY_").lower()
     if not ids:
+        example = f" {DEFAULT_EMBEDDING_MODEL.id}" if capability == pb.CAPABILITY_EMBED else ""
         raise Problem(
             f"there is no model that can {word}",
-            remedy="fetch one with `forebay models pull`, or see `forebay doctor`",
+            remedy=f"fetch one with `forebay models pull{example}`, or see `forebay doctor`",
             code=ExitCode.NOT_FOUND,
         )
     raise Problem(

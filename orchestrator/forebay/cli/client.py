@@ -8,13 +8,15 @@ are read.
 
 from __future__ import annotations
 
+import os
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, TypeAlias, TypeVar
 
 import grpc
 
-from forebay.cli.problems import unreachable
+from forebay.cli.problems import ExitCode, Problem, unreachable
 from forebay.fleet.v1 import fleet_pb2 as fleet_pb
 from forebay.fleet.v1 import fleet_pb2_grpc as fleet_grpc
 from forebay.inference.v1 import inference_pb2 as pb
@@ -35,6 +37,12 @@ DEFAULT_ADDRESS = "127.0.0.1:50150"
 CONTROL_TIMEOUT = 15.0
 """Seconds that a question about the mesh itself may take. A backend that has to be asked first is given
 some seconds by the orchestrator, so this is longer than that and shorter than patience."""
+
+TOKEN_VARIABLE = "FOREBAY_TOKEN"  # noqa: S105  # the variable's name, not a token
+"""Environment variable with the bearer token to send."""
+
+TLS_ROOTS_VARIABLE = "FOREBAY_TLS_ROOTS"
+"""Environment variable that names a PEM file with the roots to trust; set, it asks for TLS."""
 
 Handle: TypeAlias = Callable[[pb.GenerateResponse], None]
 """Is shown each event of an answer."""
@@ -88,10 +96,12 @@ class Client:
     Args:
         channel: where to. Its owner closes it.
         address: what the channel is connected to, for messages.
+        token: bearer token that proves who asks. Empty is none.
     """
 
-    def __init__(self, channel: grpc.aio.Channel, address: str) -> None:
+    def __init__(self, channel: grpc.aio.Channel, address: str, *, token: str = "") -> None:
         self.address = address
+        self._metadata = (("authorization", f"Bearer {token}"),) if token else ()
         self._inference: InferenceServiceAsyncStub = inference_grpc.InferenceServiceStub(channel)
         self._models: ModelServiceAsyncStub = models_grpc.ModelServiceStub(channel)
         self._fleet: FleetServiceAsyncStub = fleet_grpc.FleetServiceStub(channel)
@@ -111,62 +121,81 @@ class Client:
             check.see(event)
             handle(event)
 
-        await self._read(self._inference.Generate(request, timeout=timeout), checked)
+        await self._read(self._inference.Generate(request, timeout=timeout, metadata=self._metadata), checked)
         check.end()
 
     async def embed(self, request: pb.EmbedRequest, *, timeout: float | None = None) -> pb.EmbedResponse:
         """Embeds texts."""
-        return await self._ask(self._inference.Embed(request, timeout=timeout))
+        return await self._ask(self._inference.Embed(request, timeout=timeout, metadata=self._metadata))
 
     async def models(self, backends: Sequence[str] = ()) -> pb.ListModelsResponse:
         """Lists the models that can be served now."""
         request = pb.ListModelsRequest(backends=backends)
-        return await self._ask(self._inference.ListModels(request, timeout=CONTROL_TIMEOUT))
+        return await self._ask(
+            self._inference.ListModels(request, timeout=CONTROL_TIMEOUT, metadata=self._metadata)
+        )
 
     async def load(
         self, request: models_pb.LoadModelRequest, handle: Callable[[models_pb.LoadModelResponse], None]
     ) -> None:
         """Loads a model and shows each event to `handle`."""
-        await self._read(self._models.LoadModel(request), handle)
+        await self._read(self._models.LoadModel(request, metadata=self._metadata), handle)
 
     async def pull(
         self, request: models_pb.PullModelRequest, handle: Callable[[models_pb.PullModelResponse], None]
     ) -> None:
         """Fetches a model to disk and shows each event to `handle`."""
-        await self._read(self._models.PullModel(request), handle)
+        await self._read(self._models.PullModel(request, metadata=self._metadata), handle)
 
     async def unload(self, request: models_pb.UnloadModelRequest) -> models_pb.UnloadModelResponse:
         """Removes a model from memory. Waits for the calls it serves."""
-        return await self._ask(self._models.UnloadModel(request))
+        return await self._ask(self._models.UnloadModel(request, metadata=self._metadata))
 
     async def delete(self, request: models_pb.DeleteModelRequest) -> models_pb.DeleteModelResponse:
         """Removes a model from disk."""
-        return await self._ask(self._models.DeleteModel(request))
+        return await self._ask(self._models.DeleteModel(request, metadata=self._metadata))
 
     async def backends(self) -> list[fleet_pb.Backend]:
         """Lists the backends and their states."""
         request = fleet_pb.ListBackendsRequest()
-        return list((await self._ask(self._fleet.ListBackends(request, timeout=CONTROL_TIMEOUT))).backends)
+        return list(
+            (
+                await self._ask(
+                    self._fleet.ListBackends(request, timeout=CONTROL_TIMEOUT, metadata=self._metadata)
+                )
+            ).backends
+        )
 
     async def watch(self, handle: Callable[[fleet_pb.Backend], None]) -> None:
         """Shows every backend to `handle`, then each again when it changes, until it is cancelled."""
         await self._read(
-            self._fleet.WatchBackends(fleet_pb.WatchBackendsRequest()), lambda event: handle(event.backend)
+            self._fleet.WatchBackends(fleet_pb.WatchBackendsRequest(), metadata=self._metadata),
+            lambda event: handle(event.backend),
         )
 
     async def drain(self, backend: str) -> fleet_pb.Backend:
         """Keeps new calls away from a backend."""
         request = fleet_pb.DrainBackendRequest(backend=backend)
-        return (await self._ask(self._fleet.DrainBackend(request, timeout=CONTROL_TIMEOUT))).backend
+        return (
+            await self._ask(
+                self._fleet.DrainBackend(request, timeout=CONTROL_TIMEOUT, metadata=self._metadata)
+            )
+        ).backend
 
     async def resume(self, backend: str) -> fleet_pb.Backend:
         """Lets calls go to a backend again."""
         request = fleet_pb.ResumeBackendRequest(backend=backend)
-        return (await self._ask(self._fleet.ResumeBackend(request, timeout=CONTROL_TIMEOUT))).backend
+        return (
+            await self._ask(
+                self._fleet.ResumeBackend(request, timeout=CONTROL_TIMEOUT, metadata=self._metadata)
+            )
+        ).backend
 
     async def explain(self, request: fleet_pb.ExplainRouteRequest) -> fleet_pb.ExplainRouteResponse:
         """Says where a request would go."""
-        return await self._ask(self._fleet.ExplainRoute(request, timeout=CONTROL_TIMEOUT))
+        return await self._ask(
+            self._fleet.ExplainRoute(request, timeout=CONTROL_TIMEOUT, metadata=self._metadata)
+        )
 
     async def _ask(self, call: Awaitable[T]) -> T:
         try:
@@ -204,10 +233,25 @@ def _has_details(error: grpc.aio.AioRpcError) -> bool:
 
 
 @asynccontextmanager
-async def connected(address: str) -> AsyncIterator[Client]:
-    """Connects to an address, lazily: nothing is sent before the first call."""
-    channel = connect(address)
+async def connected(address: str, *, tls_roots: Path | None = None) -> AsyncIterator[Client]:
+    """Connects to an address, lazily: nothing is sent before the first call.
+
+    A token is taken from the environment and not from an option, which everyone on the machine could read.
+
+    Args:
+        address: `host:port` or `unix:/path`.
+        tls_roots: PEM file with the roots to trust. None takes FOREBAY_TLS_ROOTS; without it there is no TLS.
+
+    Raises:
+        Problem: the file with the roots cannot be read.
+    """
+    if tls_roots is None and (named := os.environ.get(TLS_ROOTS_VARIABLE)):
+        tls_roots = Path(named)
     try:
-        yield Client(channel, address)
+        channel = connect(address, tls_roots=tls_roots)
+    except OSError as error:
+        raise Problem(f"{tls_roots} cannot be read: {error.strerror}", code=ExitCode.CONFIG) from error
+    try:
+        yield Client(channel, address, token=os.environ.get(TOKEN_VARIABLE, ""))
     finally:
         await channel.close()

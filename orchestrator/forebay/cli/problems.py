@@ -102,6 +102,7 @@ _REMEDIES: dict[str, str] = {
     "CAPABILITY_UNSUPPORTED": "`forebay explain` shows what each backend can do",
     "MODEL_NOT_FOUND": "`forebay models list` shows what there is",
     "BACKEND_NOT_FOUND": "`forebay status` shows the backends",
+    "UNAUTHENTICATED": "set FOREBAY_TOKEN to a token that the orchestrator knows",
     "UPSTREAM_UNAUTHENTICATED": "set the framework's key in forebay.toml",
     "MODEL_LOAD_FAILED": "`forebay models list` shows why",
     "MODEL_QUARANTINED": "`forebay models load MODEL` tries it again",

@@ -14,7 +14,7 @@ import json
 import signal
 import socket
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Annotated, cast
 
@@ -73,6 +73,8 @@ class Plan:
     addresses: Mapping[str, str]
     """Where each listens."""
     programs: tuple[Program, ...]
+    tls_roots: Mapping[str, Path] = field(default_factory=dict)
+    """Certificates of the services that have one, by name: we trust what we start."""
     fetch: Path | None
     """Folder to fetch the embedded default model to first. None is not to."""
 
@@ -111,6 +113,11 @@ def plan(path: Path | None, only: Sequence[str] = ()) -> Plan:
         services=names,
         addresses=addresses,
         programs=programs,
+        tls_roots={
+            name: section.tls_certificate
+            for name in names
+            if isinstance(section := sections[name], ServerSettings) and section.tls_certificate
+        },
         fetch=_to_fetch(sections["mlx"]) if up.fetch and "mlx" in names else None,
     )
 
@@ -394,7 +401,7 @@ class Up:
         address = self._plan.addresses.get(ORCHESTRATOR, "")
         if not address:
             return await self._without_orchestrator()
-        async with connected(address) as client:
+        async with connected(address, tls_roots=self._plan.tls_roots.get(ORCHESTRATOR)) as client:
             backends = await self._until_ready(client)
             self._voice.still()
             self._voice.say(f"forebay is up on {address}", style="bold green")
@@ -410,16 +417,34 @@ class Up:
 
     async def _without_orchestrator(self) -> ExitCode:
         keepers = self._supervisor.keepers.values()
+        serving = await self._until_serving()
         self._voice.still()
         for keeper in keepers:
             if keeper.address:
-                self._voice.say(f"{keeper.program.name} listens on {keeper.address}", style="bold green")
+                word = "serves" if keeper.address in serving else "listens, and does not serve yet,"
+                self._voice.say(f"{keeper.program.name} {word} on {keeper.address}", style="bold green")
         self._refusals()
         if self._question:
             self._voice.say("without an orchestrator there is nobody to ask", style="yellow")
         while not all(keeper.ended for keeper in keepers):
             await self._supervisor.changed()
         raise Problem("no service is left", code=ExitCode.UNAVAILABLE, lines=self._reasons())
+
+    async def _until_serving(self) -> set[str]:
+        """Waits until the services say by themselves that they serve, and returns the addresses of those."""
+        loop = asyncio.get_running_loop()
+        readiness = Readiness(self._supervisor.keepers, clock=loop.time, tls_roots=self._plan.tls_roots)
+        deadline = loop.time() + self._plan.up.ready_timeout.total_seconds()
+        try:
+            while True:
+                serving = await readiness.look()
+                waiting = readiness.waiting(serving)
+                if not waiting or loop.time() >= deadline:
+                    return serving
+                self._voice.doing(f"waiting for {', '.join(waiting)}")
+                await asyncio.sleep(LOOK_SECONDS)
+        finally:
+            await readiness.close()
 
     async def _until_orchestrator_ends(self) -> ExitCode:
         keeper = self._supervisor.keepers[ORCHESTRATOR]
@@ -434,7 +459,7 @@ class Up:
             Problem: nothing can serve, or the orchestrator has ended.
         """
         loop = asyncio.get_running_loop()
-        readiness = Readiness(self._supervisor.keepers, clock=loop.time)
+        readiness = Readiness(self._supervisor.keepers, clock=loop.time, tls_roots=self._plan.tls_roots)
         deadline = loop.time() + self._plan.up.ready_timeout.total_seconds()
         backends: list[fleet_pb.Backend] = []
         try:
@@ -499,37 +524,43 @@ class Readiness:
     Args:
         keepers: the services, by name.
         clock: seconds.
+        tls_roots: by service, the roots to trust. A service that is not named has no TLS.
     """
 
-    def __init__(self, keepers: Mapping[str, Keeper], *, clock: Callable[[], float]) -> None:
+    def __init__(
+        self,
+        keepers: Mapping[str, Keeper],
+        *,
+        clock: Callable[[], float],
+        tls_roots: Mapping[str, Path] | None = None,
+    ) -> None:
         self._keepers = keepers
         self._clock = clock
+        self._tls_roots = tls_roots or {}
         self._channels: dict[str, grpc.aio.Channel] = {}
         self._since: dict[str, float] = {}
-        self.serving: set[str] = set()
-        """Names of the services that said SERVING when last asked."""
 
-    async def look(self) -> None:
-        """Asks every service that listens for its health."""
+    async def look(self) -> set[str]:
+        """Asks every service that listens for its health, and returns the addresses of those that serve."""
+        serving = set()
         for name, keeper in self._keepers.items():
             if not keeper.address:
                 self._since.pop(name, None)
-                self.serving.discard(name)
                 continue
             self._since.setdefault(name, self._clock())
             channel = self._channels.get(keeper.address)
             if channel is None:
-                channel = self._channels[keeper.address] = connect(keeper.address)
+                channel = connect(keeper.address, tls_roots=self._tls_roots.get(name))
+                self._channels[keeper.address] = channel
             if await _serves(channel):
-                self.serving.add(name)
-            else:
-                self.serving.discard(name)
+                serving.add(keeper.address)
+        return serving
 
     def waiting(self, active: set[str]) -> list[str]:
         """Returns the services that may still become able to serve.
 
         Args:
-            active: addresses of the backends that the orchestrator can use.
+            active: addresses of those that are able already.
         """
         names = []
         for name, keeper in self._keepers.items():

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import importlib.util
+import re
 from datetime import timedelta
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import Field, StringConstraints, model_validator
+from pydantic import Field, SecretStr, StringConstraints, model_validator
 
-from forebay.kit.config import Address, Duration, ServerSettings, Settings
+from forebay.kit.config import Address, ByteSize, Duration, ServerSettings, Settings, is_local
 
 Name = Annotated[str, StringConstraints(pattern=r"^[a-z0-9]([a-z0-9_-]{0,38}[a-z0-9])?$")]
 """A backend's name: it appears in answers, spans and metric labels, so it is short and plain."""
@@ -87,9 +89,37 @@ class BackendSettings(Settings):
     tls_roots: Path | None = Field(
         default=None, description="PEM file with the roots to trust. Unset connects without TLS."
     )
+    token_file: Path | None = Field(
+        default=None,
+        description="File that holds the bearer token the backend asks for. Over anything but loopback and "
+        "unix sockets it needs tls_roots, for a token in plaintext is everyone's.",
+    )
     breaker: BreakerSettings = Field(
         default_factory=BreakerSettings, description="When calls are kept away from it."
     )
+
+    @model_validator(mode="after")
+    def _check_token(self) -> BackendSettings:
+        if self.token_file is None:
+            return self
+        if self.tls_roots is None and not is_local(self.address):
+            raise ValueError("token_file needs tls_roots, since the address is not on this machine")
+        try:
+            self.token()
+        except (OSError, UnicodeError) as error:
+            raise ValueError(f"token_file {self.token_file} cannot be read: {error}") from error
+        return self
+
+    def token(self) -> SecretStr | None:
+        """Returns the token to send; None if there is none.
+
+        Raises:
+            OSError: its file cannot be read.
+            UnicodeError: its file is not ASCII text, which is all that metadata can carry.
+        """
+        if self.token_file is None:
+            return None
+        return SecretStr(self.token_file.read_text(encoding="ascii").strip())
 
 
 DEFAULT_BACKENDS = (
@@ -120,9 +150,96 @@ class RetrySettings(Settings):
     backoff_min: Duration = Field(
         default=timedelta(milliseconds=100), description="First wait before the same backend is tried again."
     )
+    continue_wait: Duration = Field(
+        default=timedelta(seconds=5),
+        description="How long a reply that broke off waits for a backend that can go on with it, where the "
+        "caller allowed that. A backend that restarts is back sooner.",
+    )
     backoff_max: Duration = Field(
         default=timedelta(seconds=5),
         description="Longest wait. A backend that asks for more is not tried again by this call.",
+    )
+
+
+class AdmissionSettings(Settings):
+    """How many calls run at once, and how the others wait."""
+
+    concurrency: int = Field(
+        default=256,
+        ge=1,
+        description="Calls at once on a backend whose slots are not known. Known are those of "
+        "`backends.slots` and those that a backend lists for a model.",
+    )
+    queue: int = Field(
+        default=256,
+        ge=0,
+        description="Calls that may wait before others are refused. 256 keep ten people busy for an hour on "
+        "one machine; who waits longer has left.",
+    )
+    queue_bytes: ByteSize = Field(
+        default=2**28, description="Bytes that the requests of waiting calls may have together."
+    )
+    ageing: Duration = Field(
+        default=timedelta(seconds=15),
+        description="Waiting after which a normal call is aged; batch takes twice as long. Every eighth turn "
+        "is that of the oldest aged call, so that nothing waits for ever and the urgent hardly notice.",
+    )
+
+    @model_validator(mode="after")
+    def _check_ageing(self) -> AdmissionSettings:
+        if self.ageing <= timedelta(0):
+            raise ValueError("ageing must be longer than 0")
+        return self
+
+
+class CacheSettings(Settings):
+    """Where replies and embeddings are kept for callers who ask for that."""
+
+    max_bytes: ByteSize = Field(
+        default=2**26, description="Bytes of memory for stored answers. 0 switches the cache off."
+    )
+    ttl: Duration = Field(default=timedelta(hours=1), description="How long an answer is kept.")
+    url: str = Field(
+        default="",
+        description="Valkey or Redis server that keeps the answers instead of this process, such as "
+        "`redis://127.0.0.1:6379/0`. Needs the extra `cache`. If it fails, nothing is found and calls go on.",
+    )
+    timeout: Duration = Field(
+        default=timedelta(milliseconds=50), description="How long that server may take for an answer."
+    )
+    shared: bool = Field(
+        default=False,
+        description="Whether callers are given each other's answers. Off, each sees only their own.",
+    )
+
+    @model_validator(mode="after")
+    def _check_store(self) -> CacheSettings:
+        if self.ttl <= timedelta(0):
+            raise ValueError("ttl must be longer than 0; max_bytes = 0 switches the cache off")
+        if self.url and not re.match(r"(redis|rediss|valkey|valkeys|unix)://", self.url):
+            raise ValueError("url begins with redis://, rediss://, valkey://, valkeys:// or unix://")
+        if self.url and importlib.util.find_spec("redis") is None:
+            raise ValueError("url needs the extra `cache`: pip install 'forebay[cache]'")
+        return self
+
+
+class HedgeSettings(Settings):
+    """When a slow call is tried on a second backend at the same time."""
+
+    enabled: bool = Field(
+        default=False,
+        description="Whether slow calls get a second attempt. Off, because on one machine the second backend "
+        "takes its memory and cores from the first.",
+    )
+    quantile: Fraction = Field(
+        default=0.95,
+        description="Share of recent calls whose first delta came sooner than a second attempt is made.",
+    )
+    min_samples: int = Field(
+        default=20, ge=1, description="Calls that must have been measured before the share says anything."
+    )
+    delay_min: Duration = Field(
+        default=timedelta(milliseconds=50), description="Shortest wait before a second attempt."
     )
 
 
@@ -187,6 +304,20 @@ class OrchestratorSettings(ServerSettings):
     )
     retry: RetrySettings = Field(
         default_factory=RetrySettings, description="How often calls are tried again."
+    )
+    admission: AdmissionSettings = Field(
+        default_factory=AdmissionSettings, description="How calls wait for their turn."
+    )
+    cache: CacheSettings = Field(
+        default_factory=CacheSettings, description="Where answers are kept to be given again."
+    )
+    coalesce: Literal["asked", "always", "never"] = Field(
+        default="asked",
+        description="Which identical calls in flight share one reply, if it is greedy or seeded: those that "
+        "`routing.cache` allows to be kept, all, or none.",
+    )
+    hedge: HedgeSettings = Field(
+        default_factory=HedgeSettings, description="When slow calls are tried twice at the same time."
     )
     scorers: ScorerWeights = Field(default_factory=ScorerWeights, description="How backends are compared.")
     picker: Literal["best", "two"] = Field(

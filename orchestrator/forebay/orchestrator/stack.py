@@ -7,6 +7,7 @@ a call after everything above it, and its events and failures before.
 from __future__ import annotations
 
 import random
+from collections.abc import Callable
 from datetime import timedelta
 
 from opentelemetry.trace import Tracer
@@ -15,15 +16,22 @@ from forebay.kit.layers.limit import Limit
 from forebay.kit.layers.measure import Measure
 from forebay.kit.layers.watchdog import Watchdog
 from forebay.kit.pipeline import Layer, Service, stack
+from forebay.orchestrator.admission import Admission
 from forebay.orchestrator.budget import RetryBudget
 from forebay.orchestrator.clock import Clock
 from forebay.orchestrator.config import OrchestratorSettings
 from forebay.orchestrator.fleet.endpoint import Endpoint
+from forebay.orchestrator.layers.admit import Admit
+from forebay.orchestrator.layers.coalesce import Coalesce, Spawn
+from forebay.orchestrator.layers.continue_ import Continue
 from forebay.orchestrator.layers.deadline import Deadline
 from forebay.orchestrator.layers.fallback import Fallback
 from forebay.orchestrator.layers.guard import Guard
+from forebay.orchestrator.layers.hedge import FirstDeltas, Hedge
+from forebay.orchestrator.layers.remember import Remember
 from forebay.orchestrator.layers.route import Fleet, Route
 from forebay.orchestrator.layers.span import Span
+from forebay.orchestrator.replies import Store
 from forebay.orchestrator.routing.router import Router
 
 
@@ -34,6 +42,11 @@ def request_stack(
     router: Router,
     budget: RetryBudget,
     source: random.Random,
+    admission: Admission,
+    store: Store | None = None,
+    spawn: Spawn | None = None,
+    weights: Callable[[str], str] = lambda model: "",
+    times: FirstDeltas | None = None,
 ) -> Service:
     """Returns the stack that every call goes down once.
 
@@ -43,7 +56,30 @@ def request_stack(
         router: decides between them.
         budget: retries that all calls share.
         source: where jitter comes from.
+        admission: the queue before all backends.
+        store: where answers are kept; None keeps none.
+        spawn: starts tasks that no call owns; None shares no replies.
+        weights: returns what is known of the weights behind a model's name.
+        times: how long first deltas took lately. None knows of none.
     """
+    caching: list[Layer] = []
+    if store is not None:
+        # Above Coalesce and Admit: an answer that is known takes neither a flight nor a permit.
+        caching.append(
+            lambda inner: Remember(inner, store=store, weights=weights, is_shared=settings.cache.shared)
+        )
+    if spawn is not None and settings.coalesce != "never":
+        # Above Admit, so that whoever joins a reply holds no permit, nor a place in the queue.
+        caching.append(
+            lambda inner: Coalesce(
+                inner,
+                spawn=spawn,
+                when=settings.coalesce,
+                longest=settings.max_deadline,
+                weights=weights,
+                is_shared=settings.cache.shared,
+            )
+        )
     return stack(
         # On top, so that it bounds every wait below, those between attempts included.
         lambda inner: Deadline(
@@ -52,9 +88,19 @@ def request_stack(
             longest=settings.max_deadline,
             margin=settings.deadline_margin,
         ),
+        *caching,
+        # Above Fallback, so that a call keeps its place over its attempts.
+        lambda inner: Admit(inner, admission=admission),
+        # Above Fallback, so that whoever goes on with a broken reply is found as anyone is, with attempts and
+        # a commit gate of its own: until the next part's first delta nothing tells the caller that there is
+        # one. Below whatever holds a place for the call, which keeps it over the splice.
+        lambda inner: Continue(inner, settings=settings.retry, budget=budget, source=source),
         # Above Route, so that each attempt is decided anew over the fleet as it then is. It holds the commit
-        # gate, so nothing between it and the backend may keep events back.
+        # gate, so nothing between it and the backend may keep a delta back.
         lambda inner: Fallback(inner, settings=settings.retry, budget=budget, source=source),
+        # Below Fallback, for two racers are one attempt: whichever answers first is the attempt's answer.
+        # Above Route, so that each racer is routed by itself.
+        lambda inner: Hedge(inner, settings=settings.hedge, budget=budget, times=times or FirstDeltas()),
         # At the bottom: what is below belongs to one backend.
         around=Route(fleet=fleet, router=router),
     )

@@ -35,7 +35,9 @@ MESH_OPTIONS: Options = [
     ("grpc.http2.max_pings_without_data", 0),
     ("grpc.keepalive_permit_without_calls", 1),
     ("grpc.initial_reconnect_backoff_ms", 100),
-    ("grpc.min_reconnect_backoff_ms", 100),
+    # The name misleads: it is how long one attempt may take until the peer's first HTTP/2 frame. A busy peer
+    # needs more than 100 ms for that now and then. One that refuses is tried again after the backoff anyway.
+    ("grpc.min_reconnect_backoff_ms", 1_500),
     ("grpc.max_reconnect_backoff_ms", 2_000),
     ("grpc.max_receive_message_length", MESSAGE_BYTES),
     # Retries are decided once, above, where it is known what was already sent.

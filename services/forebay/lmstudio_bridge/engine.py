@@ -27,7 +27,7 @@ from forebay.lmstudio_bridge.client import LmStudioClient
 from forebay.lmstudio_bridge.config import LmStudioSettings
 from forebay.lmstudio_bridge.flight import take_off
 from forebay.lmstudio_bridge.listing import Dialect, Entry
-from forebay.lmstudio_bridge.memory import Memory, Ready, too_small
+from forebay.lmstudio_bridge.memory import LISTING_AGE, Memory, Ready, too_small
 from forebay.lmstudio_bridge.pulls import Pulls
 from forebay.lmstudio_bridge.reply import ChatReply
 from forebay.lmstudio_bridge.translate import Options, Shortfalls
@@ -170,7 +170,7 @@ class LmStudioEngine:
             del detail
             await send(_progress(pb.Progress.STAGE_LOADING))
 
-        entry = await self._memory.find(call.request.model, max_age=0.0 if fresh else 1.0)
+        entry = await self._memory.find(call.request.model, max_age=0.0 if fresh else LISTING_AGE)
         if entry.kind == "embedding":
             raise CapabilityUnsupported(
                 f"{entry.key} is an embedding model and generates nothing",
@@ -335,7 +335,7 @@ class LmStudioEngine:
         """Embeds texts. See `InferenceEngine`."""
         request = call.request
         options = translate.read_options(request.backend_options, draft=False)
-        entry = await self._memory.find(request.model, max_age=1.0)
+        entry = await self._memory.find(request.model, max_age=LISTING_AGE)
         if entry.kind == "llm":
             raise CapabilityUnsupported(
                 f"{entry.key} is no embedding model",

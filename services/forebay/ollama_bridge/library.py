@@ -231,9 +231,8 @@ class Library:
         wanted = self.setting(facts).load_options.get("num_ctx")
         if not isinstance(wanted, int) or not loaded.context:
             return True
-        return loaded.context in {wanted, facts.context, _VISION_CONTEXT} and (
-            loaded.context == wanted or (loaded.context < wanted) == (loaded.context == facts.context)
-        )
+        least = _VISION_CONTEXT if "vision" in (facts.capabilities or ()) else 0
+        return loaded.context == max(least, min(wanted, facts.context or wanted))
 
     def _describe(self, facts: Facts, loaded: Mapping[str, Loaded]) -> pb.Model:
         state = pb.Model.STATE_UNSPECIFIED
@@ -272,6 +271,11 @@ class Library:
             return replace(setting, keep_alive="-1")
         if request.HasField("keep_alive_duration"):
             seconds = request.keep_alive_duration.ToTimedelta().total_seconds()
+            if seconds <= 0:
+                said = "must be more than 0; set `pinned` to keep the model for ever"
+                raise InvalidRequest(
+                    f"keep_alive_duration: {said}", violations=[("keep_alive_duration", said)]
+                )
             return replace(setting, keep_alive=f"{seconds:g}")
         return setting
 
@@ -297,13 +301,14 @@ class Library:
         timeout = self._settings.load_timeout.total_seconds()
         if not facts.embeds_only:
             try:
-                await self._client.post("/api/generate", setting.body(facts.name), timeout=timeout)
+                await self._client.post("/api/generate", setting.load_body(facts.name), timeout=timeout)
             except UpstreamError as error:
                 if not error.says("does not support generate"):
                     raise
             else:
                 return
-        await self._client.post("/api/embed", replace(setting, shift=None).body(facts.name), timeout=timeout)
+        body = replace(setting, shift=None).load_body(facts.name)
+        await self._client.post("/api/embed", body, timeout=timeout)
 
     async def _wait_unloaded(self, facts: Facts) -> Mapping[str, Loaded]:
         pause, most = _UNLOAD_POLL

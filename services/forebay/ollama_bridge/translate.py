@@ -52,6 +52,7 @@ LOAD_OPTIONS: Final[Mapping[str, str]] = {
 """Options that are fixed when a model is loaded."""
 
 _SEED_LIMIT: Final = 2**31 - 1  # the server takes larger ones modulo 2^32, where one means `random`
+_ZERO: Final = re.compile(r"-?(0+(\.0+)?[a-z]*)+")
 _DATA_URI: Final = re.compile(rb"data:[\w.+/-]{1,64};base64,")
 _EFFORTS: Final[Mapping[int, str]] = {
     pb.REASONING_EFFORT_LOW: "low",
@@ -124,6 +125,11 @@ class Setting:
         if self.shift is not None:
             body["shift"] = self.shift
         return body
+
+    def load_body(self, model: str) -> JsonObject:
+        """Returns the request that loads the model. With a `keep_alive` of 0 it would unload it."""
+        zero = _ZERO.fullmatch(self.keep_alive) is not None
+        return (replace(self, keep_alive="") if zero else self).body(model)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

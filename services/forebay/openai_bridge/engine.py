@@ -58,6 +58,7 @@ class OpenAiEngine:
             host=settings.host_header,
             connect_timeout=settings.connect_timeout.total_seconds(),
             line_limit=settings.line_limit,
+            keepalive=0,  # eight idle connections are all the threads that a llama-server has
         )
         self._client = Client(self._upstream, flavor=settings.flavor)
         self._admission = Admission(

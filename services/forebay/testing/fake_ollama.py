@@ -25,6 +25,7 @@ from datetime import UTC, datetime, timedelta
 
 from aiohttp import web
 
+from forebay.kit import process
 from forebay.testing import fake_ollama_brain as brain
 from forebay.testing.fake_ollama_runners import FakeModel, Runner, Scheduler
 from forebay.testing.fake_ollama_script import Step, play
@@ -403,7 +404,7 @@ class FakeOllama:
         }
         answer: dict[str, object] = {
             "license": "A licence.",
-            "modelfile": f"# To build a new one from this, replace FROM\nFROM /models/blobs/sha256-{model.weights}\n",
+            "modelfile": f"# Replace FROM to build another\nFROM /models/blobs/sha256-{model.weights}\n",
             "parameters": 'stop                           "<|eot_id|>"',
             "template": "{{ .Prompt }}",
             "details": self._details(model),
@@ -898,13 +899,13 @@ async def _serve(arguments: argparse.Namespace) -> None:
         registry={"tiny:latest": [Layer(digest=f"sha256:{digit * 64}", size=4 << 20) for digit in "ab"]},
         pull_seconds=arguments.token_seconds,
     )
-    await fake.start(arguments.host, arguments.port)
-    try:
-        sys.stdout.write(f"fake ollama listening on {fake.url}\n")
-        sys.stdout.flush()
-        await asyncio.Event().wait()
-    finally:
-        await fake.stop()
+    async with process.stop_requests() as stopped:
+        await fake.start(arguments.host, arguments.port)
+        try:
+            process.announce("fake-ollama", fake.url)
+            await stopped.wait()
+        finally:
+            await fake.stop()
 
 
 def _tagged(name: str) -> str:
@@ -926,8 +927,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--token-seconds", type=float, default=0.02)
     parser.add_argument("--load-seconds", type=float, default=0.0)
     arguments = parser.parse_args(argv)
-    with contextlib.suppress(KeyboardInterrupt):
-        asyncio.run(_serve(arguments))
+    asyncio.run(_serve(arguments))
     return 0
 
 

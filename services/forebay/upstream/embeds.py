@@ -144,7 +144,7 @@ class Embedder:
     async def _run(self, work: _Work, texts: Sequence[str]) -> None:
         async with asyncio.TaskGroup() as group:
             for batch in self._batches(texts):
-                group.create_task(self._serve(work, batch))
+                group.create_task(self._take_turn(work, batch))
         if work.fatal is not None:
             raise work.fatal
 
@@ -160,13 +160,16 @@ class Embedder:
             characters += len(text)
         return batches
 
+    async def _take_turn(self, work: _Work, texts: Sequence[str]) -> None:
+        async with self._room:  # for the halves too: what is bad is found before the next batch is sent
+            await self._serve(work, texts)
+
     async def _serve(self, work: _Work, texts: Sequence[str]) -> None:
         """Embeds `texts`, or finds out which of them cannot be. Raises nothing: the group would cancel."""
         if work.fatal is not None:
             return
         try:
-            async with self._room:
-                vectors = self._checked(await work.fetch(texts), texts, work)
+            vectors = self._checked(await work.fetch(texts), texts, work)
         except (InvalidRequest, ContextExceeded, BackendError) as failure:
             if len(texts) > 1:
                 middle = len(texts) // 2

@@ -234,7 +234,8 @@ class Upstream:
             refuses names it does not know.
         connect_timeout: seconds to connect.
         line_limit: most bytes of a line, of an event and of a whole reply.
-        keepalive: seconds an idle connection for reads is kept.
+        keepalive: seconds an idle connection for reads is kept. 0 gives every read its own, as servers
+            need that hold a thread for each open connection.
     """
 
     def __init__(
@@ -282,7 +283,11 @@ class Upstream:
     async def __aenter__(self) -> Upstream:
         # No limit on connections: admission decides how many calls there are. The pool for reads is
         # bounded, and apart, so that long streams never stand before a health check.
-        self._reads = await self._open(aiohttp.TCPConnector(limit=8, keepalive_timeout=self._keepalive))
+        self._reads = await self._open(
+            aiohttp.TCPConnector(limit=8, keepalive_timeout=self._keepalive)
+            if self._keepalive
+            else aiohttp.TCPConnector(limit=0, force_close=True)
+        )
         self._others = await self._open(aiohttp.TCPConnector(limit=0, force_close=True))
         return self
 

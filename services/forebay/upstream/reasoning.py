@@ -19,7 +19,7 @@ class ThinkSplitter:
     """Splits streamed text into reasoning and answer. A tag may be cut anywhere.
 
     A tag opens reasoning only where no answer came yet: later it is text
-    about tags. White space around reasoning is dropped with its tags.
+    about tags. Line ends before reasoning and white space after it are dropped with the tags.
 
     Args:
         tags: pairs of opening and closing tag.
@@ -32,6 +32,7 @@ class ThinkSplitter:
         self._held = ""
         self._answering = False
         self._begun = False
+        self._fresh = opened
 
     def feed(self, text: str) -> list[Piece]:
         """Returns the pieces that are certain by now. What may be the start of a tag is held back."""
@@ -61,6 +62,9 @@ class ThinkSplitter:
         return self._inside(pieces) if self._close else self._before(pieces)
 
     def _inside(self, pieces: list[Piece]) -> bool:
+        if self._fresh:
+            self._held = self._held.lstrip("\n")
+            self._fresh = not self._held
         at = self._held.find(self._close)
         end = at if at >= 0 else len(self._held) - _overlap(self._held, self._close)
         piece = self._held[:end]
@@ -77,7 +81,8 @@ class ThinkSplitter:
         bare = self._held.lstrip()
         for opening, closing in self._closing.items():
             if bare.startswith(opening):
-                self._held = bare[len(opening) :].removeprefix("\n")
+                self._held = bare[len(opening) :]
+                self._fresh = True
                 self._close = closing
                 self._begun = True
                 return True

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterator, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Iterator, Sequence
 from types import TracebackType
 
 import grpc.aio
 
 from forebay.kit.failure import BackendNotFound
 from forebay.kit.pipeline import Service
+from forebay.kit.relay import Pairs
 from forebay.orchestrator.fleet.endpoint import Endpoint
 from forebay.orchestrator.fleet.feed import Feed
 from forebay.orchestrator.fleet.probe import Probe
@@ -23,9 +24,13 @@ class Member:
         endpoint: what is known of it.
         channel: the connection to it.
         probe: keeps it known.
+        credentials: metadata that proves to it who we are.
     """
 
-    def __init__(self, *, endpoint: Endpoint, channel: grpc.aio.Channel, probe: Probe) -> None:
+    def __init__(
+        self, *, endpoint: Endpoint, channel: grpc.aio.Channel, probe: Probe, credentials: Pairs = ()
+    ) -> None:
+        self.credentials = credentials
         self.endpoint = endpoint
         self.channel = channel
         self.probe = probe
@@ -47,6 +52,8 @@ class Fleet:
         self.feed = feed
         self._group = asyncio.TaskGroup()
         self._tasks: list[asyncio.Task[None]] = []
+        self._guests: set[asyncio.Task[None]] = set()
+        self._closers: list[Callable[[], Awaitable[None]]] = []
 
     def __repr__(self) -> str:
         return f"<Fleet [{' | '.join(member.endpoint.status() for member in self._members.values())}]>"
@@ -89,6 +96,22 @@ class Fleet:
         """Returns the stack of a backend."""
         return self[name]
 
+    def weights(self, model: str) -> str:
+        """Returns what tells the weights behind a model's name from others: digests, as far as known."""
+        found = (endpoint.find(model) for endpoint in self)
+        return " ".join(sorted({each.weights.digest for each in found if each is not None}))
+
+    def spawn(self, work: Coroutine[None, None, None], name: str) -> asyncio.Task[None]:
+        """Starts a task that ends with the fleet at the latest. It must not fail."""
+        task = self._group.create_task(work, name=name)
+        self._guests.add(task)
+        task.add_done_callback(self._guests.discard)
+        return task
+
+    def on_close(self, close: Callable[[], Awaitable[None]]) -> None:
+        """Has something closed after all tasks have ended."""
+        self._closers.append(close)
+
     async def __aenter__(self) -> Fleet:
         await self._group.__aenter__()
         for name, member in self._members.items():
@@ -99,7 +122,7 @@ class Fleet:
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        for task in self._tasks:
+        for task in (*self._tasks, *self._guests):
             task.cancel()
         try:
             # The group has to know of a cancellation, which may be its own because a task of it crashed.
@@ -111,3 +134,5 @@ class Fleet:
         finally:
             for member in self._members.values():
                 await member.channel.close()
+            for close in self._closers:
+                await close()

@@ -23,7 +23,7 @@ from forebay.kit.failure import (
     NoBackend,
     QueueFull,
 )
-from forebay.kit.pipeline import Request
+from forebay.kit.pipeline import Request, Resumption
 from forebay.orchestrator.config import ScorerWeights
 from forebay.orchestrator.routing.classify import Traits, classify
 from forebay.orchestrator.routing.filters import FILTERS, Question
@@ -141,7 +141,12 @@ class Router:
         self._source = source
 
     def decide(
-        self, request: Request, snapshot: Snapshot, *, tried: frozenset[str] = frozenset()
+        self,
+        request: Request,
+        snapshot: Snapshot,
+        *,
+        tried: frozenset[str] = frozenset(),
+        resumption: Resumption | None = None,
     ) -> Decision:
         """Decides where a request goes.
 
@@ -149,6 +154,7 @@ class Router:
             request: the request; its `model` is the one that is looked for.
             snapshot: every backend.
             tried: backends that failed this call already.
+            resumption: set if the reply was begun elsewhere.
 
         Raises:
             BackendNotFound: the request names a backend that does not exist.
@@ -163,7 +169,8 @@ class Router:
                 allowed=permitted,
                 tried=tried,
                 endpoint=endpoint,
-                found=find_model(request.model, endpoint.models),
+                found=_find(request.model, endpoint.models, resumption),
+                resumption=resumption,
             )
             for endpoint in snapshot
         ]
@@ -227,6 +234,15 @@ class Router:
             if refusals == ["breaker"] and not question.endpoint.is_probing:
                 resting.append(self._score(question))
         return max(resting, key=lambda candidate: candidate.total, default=None)
+
+
+def _find(model: str, listed: Sequence[pb.Model], resumption: Resumption | None) -> pb.Model | None:
+    """Returns the backend's model of that name, or the one with the very weights that a reply needs."""
+    found = find_model(model, listed)
+    if resumption is None or not resumption.needs_same_weights:
+        return found
+    same = [each for each in listed if each.weights.digest == resumption.weights]
+    return found if found in same or not same else same[0]
 
 
 def _check_names(names: Sequence[str], snapshot: Snapshot) -> None:

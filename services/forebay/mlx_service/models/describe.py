@@ -18,6 +18,8 @@ from functools import lru_cache
 from pathlib import Path
 from typing import cast
 
+from forebay.mlx_service.models.embedding import Recipe, RecipeError, is_embedding_model, read_recipe
+
 HEADER_BYTES = 100_000_000
 """Most bytes of a safetensors header: the format's own limit."""
 
@@ -61,7 +63,8 @@ class ModelFacts:
     themselves: reading those would take minutes for a large model.
     """
     context_token_count: int
-    """Most tokens of prompt and reply together that the model was made for. 0 is unknown."""
+    """Most tokens of prompt and reply together, or of a text to embed, that the model was made for.
+    0 is unknown."""
     disk_bytes: int
     """Bytes of all files of the folder."""
     weight_bytes: int
@@ -70,6 +73,8 @@ class ModelFacts:
     """Whether the folder names a chat template."""
     architecture: str
     """Architecture's class, such as `LlamaForCausalLM`. Empty if it is not named."""
+    recipe: Recipe | None
+    """How it embeds texts. None is a model that generates them."""
 
 
 def describe(path: Path) -> ModelFacts:
@@ -109,6 +114,7 @@ def _describe(path: Path, stamp: tuple[tuple[str, int, int], ...]) -> ModelFacts
     parameters = _parameter_count(config, tensors)
     text = cast("Mapping[str, object]", config.get("text_config")) or config
     architectures = config.get("architectures")
+    recipe = _recipe(path, config)
     return ModelFacts(
         path=path,
         family=str(config.get("model_type", "")),
@@ -117,12 +123,22 @@ def _describe(path: Path, stamp: tuple[tuple[str, int, int], ...]) -> ModelFacts
         quantization=quantization,
         format="safetensors",
         digest=f"sha256:{digest.hexdigest()}",
-        context_token_count=_context(text),
+        context_token_count=_context(text) if recipe is None else recipe.token_count,
         disk_bytes=sum(sizes.values()),
         weight_bytes=sum(sizes[name] for name in weights),
         has_chat_template=_has_chat_template(path),
         architecture=str(architectures[0]) if isinstance(architectures, list) and architectures else "",
+        recipe=recipe,
     )
+
+
+def _recipe(path: Path, config: Mapping[str, object]) -> Recipe | None:
+    if not is_embedding_model(path, config):
+        return None
+    try:
+        return read_recipe(path, config)
+    except RecipeError as error:
+        raise NotAModelError(f"{path} cannot be used for embeddings: {error}") from error
 
 
 @dataclass(frozen=True, slots=True)

@@ -22,11 +22,15 @@ import psutil
 
 from forebay.kit import logs, process, telemetry
 from forebay.kit.config import ConfigError, ServerSettings, load
+from forebay.kit.engine import InferenceEngine
 from forebay.kit.failure import ModelLoadFailed, printable
 from forebay.kit.logs import LogSettings
 from forebay.kit.server import Serving, StartError, serving
 from forebay.kit.telemetry import Telemetry, TelemetrySettings
-from forebay.mlx_service.models.describe import NotAModelError, describe
+from forebay.mlx_service.models.describe import ModelFacts, NotAModelError, describe
+from forebay.mlx_service.worker.embedding.engine import EmbeddingEngine
+from forebay.mlx_service.worker.embedding.service import assemble
+from forebay.mlx_service.worker.embedding.texts import Texts
 from forebay.mlx_service.worker.engine import Engine
 from forebay.mlx_service.worker.grammar import Grammars
 from forebay.mlx_service.worker.load import load_weights
@@ -93,6 +97,32 @@ async def _serve(options: argparse.Namespace, settings: ServerSettings, tracing:
         raise ModelLoadFailed(
             f"{path.name}: its weights take {facts.disk_bytes} bytes and memory_ceiling is {ceiling}"
         )
+    service, engine, words = _embedding(options, facts) if facts.recipe else _chat(options, facts, ceiling)
+    async with process.stop_requests() as stopped:
+        async with serving(settings, inference=service, telemetry=tracing) as up:
+            process.announce(SERVICE, up.address)
+            async with _watching(stopped, options.parent_pid):
+                loading = asyncio.create_task(_load(words, engine))
+                await _first(loading, stopped)
+                failure = loading.exception() if loading.done() else None
+                if loading.done() and failure is None:
+                    log.info("%s is loaded: %s", options.model_id, engine.stats())
+                    await up.set_ready(True, "the model is loaded")
+                    await _serve_until(stopped, up, engine, options.stall_limit)
+                is_loaded = loading.done()
+                loading.cancel()
+        words.close()
+        code = await _end(engine, is_loaded=is_loaded, is_asked=stopped.is_set())
+    if failure is not None:
+        raise _load_failure(failure) from failure  # last, so that nothing is said after it
+    return code
+
+
+def _chat(
+    options: argparse.Namespace, facts: ModelFacts, ceiling: int
+) -> tuple[InferenceEngine, Engine, Words]:
+    """Puts together what generates text."""
+    path: Path = options.model
     words = Words(path)
     engine = Engine(
         lambda: (load_weights(path), words.language.end_tokens),
@@ -110,25 +140,20 @@ async def _serve(options: argparse.Namespace, settings: ServerSettings, tracing:
         rows=options.max_rows,
         isolates_callers=options.isolate_callers,
     )
-    service = WorkerService(served, engine, words, Grammars(words))
-    async with process.stop_requests() as stopped:
-        async with serving(settings, inference=service, telemetry=tracing) as up:
-            process.announce(SERVICE, up.address)
-            async with _watching(stopped, options.parent_pid):
-                loading = asyncio.create_task(_load(words, engine))
-                await _first(loading, stopped)
-                failure = loading.exception() if loading.done() else None
-                if loading.done() and failure is None:
-                    log.info("%s is loaded: %s", served.model_id, engine.stats())
-                    await up.set_ready(True, "the model is loaded")
-                    await _serve_until(stopped, up, engine, options.stall_limit)
-                is_loaded = loading.done()
-                loading.cancel()
-        words.close()
-        code = await _end(engine, is_loaded=is_loaded, is_asked=stopped.is_set())
-    if failure is not None:
-        raise _load_failure(failure) from failure  # last, so that nothing is said after it
-    return code
+    return WorkerService(served, engine, words, Grammars(words)), engine, words
+
+
+def _embedding(
+    options: argparse.Namespace, facts: ModelFacts
+) -> tuple[InferenceEngine, EmbeddingEngine, Texts]:
+    """Puts together what embeds text."""
+    return assemble(
+        options.model,
+        facts,
+        model_id=options.model_id,
+        backend=options.name,
+        token_count=options.context,
+    )
 
 
 def _load_failure(error: BaseException) -> ModelLoadFailed:
@@ -137,12 +162,14 @@ def _load_failure(error: BaseException) -> ModelLoadFailed:
     return ModelLoadFailed(f"the model is loaded and cannot be run: {type(error).__name__}: {error}")
 
 
-async def _load(words: Words, engine: Engine) -> None:
+async def _load(words: Words | Texts, engine: Engine | EmbeddingEngine) -> None:
     await words.load()
     await engine.start()
 
 
-async def _serve_until(stopped: asyncio.Event, up: Serving, engine: Engine, stall_limit: float) -> None:
+async def _serve_until(
+    stopped: asyncio.Event, up: Serving, engine: Engine | EmbeddingEngine, stall_limit: float
+) -> None:
     """Serves until a stop is asked for or the engine ends. While a step takes too long, health says so."""
     is_moving = True
     while not stopped.is_set() and not engine.has_ended:
@@ -155,7 +182,7 @@ async def _serve_until(stopped: asyncio.Event, up: Serving, engine: Engine, stal
                 await stopped.wait()
 
 
-async def _end(engine: Engine, *, is_loaded: bool, is_asked: bool) -> int:
+async def _end(engine: Engine | EmbeddingEngine, *, is_loaded: bool, is_asked: bool) -> int:
     try:
         await engine.stop(timeout=STOP_SECONDS)
     except TimeoutError:

@@ -30,6 +30,7 @@ try:
     from mlx_lm.generate import BatchGenerator, StopSequences
     from mlx_lm.models.cache import BatchKVCache, KVCache, make_prompt_cache
     from mlx_lm.tokenizer_utils import TokenizerWrapper
+    from mlx_lm.utils import _get_classes as model_classes
     from mlx_lm.utils import load_config, load_model, load_tokenizer
 finally:
     resource.setrlimit = _setrlimit
@@ -60,5 +61,6 @@ __all__ = [
     "load_model",
     "load_tokenizer",
     "make_prompt_cache",
+    "model_classes",
     "mx",
 ]

@@ -1,0 +1,54 @@
+"""How many calls the fleet can serve at once, as far as that is known."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from forebay.orchestrator.clock import Clock
+from forebay.orchestrator.fleet.endpoint import Endpoint, State
+
+_LIFE = 0.1
+"""Seconds for which an answer holds. Every call asks twice, and backends come and go in seconds."""
+
+_POOLS = 256
+"""Answers that are kept."""
+
+
+class Capacity:
+    """Adds up the slots of the backends that take calls now.
+
+    A backend's slots are those of its settings, else those it lists for the
+    model. Of one that tells neither, any number up to `unknown` is believed.
+
+    Args:
+        endpoints: the fleet.
+        unknown: calls at once for a backend that does not tell, and for a fleet in which nobody takes calls:
+            those calls should learn so from the router and not wait for it.
+        clock: gives the time in seconds.
+    """
+
+    def __init__(self, endpoints: Iterable[Endpoint], *, unknown: int, clock: Clock) -> None:
+        self._endpoints = endpoints
+        self._unknown = unknown
+        self._clock = clock
+        self._known: dict[str, tuple[float, int]] = {}
+
+    def __call__(self, model: str) -> int:
+        """Returns how many calls for a model can run at once; for the empty name, how many in all."""
+        now = self._clock()
+        known = self._known.get(model)
+        if known is not None and now < known[0]:
+            return known[1]
+        if len(self._known) >= _POOLS:
+            self._known.clear()
+        slots = sum(self._slots(each, model) for each in self._endpoints if each.state is State.ACTIVE)
+        self._known[model] = (now + _LIFE, slots or self._unknown)
+        return slots or self._unknown
+
+    def _slots(self, endpoint: Endpoint, model: str) -> int:
+        if not model:
+            return endpoint.settings.slots or self._unknown
+        found = endpoint.find(model)
+        if found is None:
+            return 0
+        return endpoint.settings.slots or found.slot_count or self._unknown

@@ -1,0 +1,1 @@
+"""Embeds texts: encoders and decoders in mlx, in batches that callers share."""
