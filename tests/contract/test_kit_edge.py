@@ -473,6 +473,46 @@ async def test_a_stranger_without_a_token_is_refused_and_health_is_open() -> Non
         assert [event.sequence async for event in stub.Generate(ask(), metadata=metadata)] == [0, 1, 2]
 
 
+async def test_nobody_with_a_token_can_pass_for_the_holder_of_another() -> None:
+    tokens = ("anna's", "bert's")
+    engine = Engine()
+    digests = tuple(hashlib.sha256(token.encode()).hexdigest() for token in tokens)
+    async with mesh(engine, auth_token_digests=digests) as (_, stub, _channel):
+        for token in tokens:
+            metadata = (("authorization", f"Bearer {token}"), ("forebay-caller", "anna"))
+            [event async for event in stub.Generate(ask(), metadata=metadata)]
+        [event async for event in stub.Generate(ask(), metadata=metadata[:1])]
+    first, second, third = (call.caller for call in engine.calls)
+    assert first != second
+    assert second == f"{third}/anna"
+    assert not any(token in caller for token in tokens for caller in (first, second, third))
+
+
+async def test_a_certificate_says_who_asks(tmp_path: Path) -> None:
+    authority = trustme.CA()
+    pair, mine = authority.issue_cert("localhost"), authority.issue_cert("anna.example")
+    pair.private_key_pem.write_to_path(tmp_path / "key.pem")
+    pair.cert_chain_pems[0].write_to_path(tmp_path / "cert.pem")
+    authority.cert_pem.write_to_path(tmp_path / "ca.pem")
+    engine = Engine()
+    tls = settings(
+        address="localhost:0",
+        tls_certificate=tmp_path / "cert.pem",
+        tls_key=tmp_path / "key.pem",
+        tls_client_roots=tmp_path / "ca.pem",
+    )
+    credentials = grpc.ssl_channel_credentials(
+        authority.cert_pem.bytes(), mine.private_key_pem.bytes(), mine.cert_chain_pems[0].bytes()
+    )
+    async with (
+        serving(tls, inference=engine) as up,
+        grpc.aio.secure_channel(up.address, credentials) as channel,
+    ):
+        stub = inference_pb2_grpc.InferenceServiceStub(channel)
+        assert [event.sequence async for event in stub.Generate(ask())] == [0, 1, 2]
+    assert engine.calls[0].caller == "certificate:anna.example"
+
+
 async def test_tls_is_served_and_plaintext_refused(tmp_path: Path) -> None:
     authority = trustme.CA()
     pair = authority.issue_cert("localhost")

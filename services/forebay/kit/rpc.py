@@ -9,6 +9,7 @@ generator whose caller left, so its clean-up would run late and in another task.
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import logging
 import time
 import uuid
@@ -334,16 +335,26 @@ def new_call(request: RequestT, context: Context) -> Call[RequestT]:
 
 
 def caller(context: Context) -> str:
-    """Returns who asks: what the process before us says, else the peer's host.
+    """Returns who asks: what the caller proved to be, and within that what they say, else the peer's host.
 
-    It serves fair turns and isolation between honest callers; it is proof of
-    nothing unless the address asks for tokens or certificates.
+    A token or a certificate is proof, where the address asks for one; a name in
+    `forebay-caller` is not, so it only tells the callers behind one proof apart
+    and can never be taken for another one's.
     """
+    claimed = proven = ""
     for key, value in context.invocation_metadata() or ():
         if key == CALLER_KEY and isinstance(value, str):
-            return value
-    peer = context.peer()
-    kind, _, rest = peer.partition(":")
+            claimed = value
+        elif key == "authorization" and isinstance(value, str):
+            proven = f"token:{hashlib.sha256(value.encode()).hexdigest()[:16]}"
+    for identity in context.peer_identities() or ():
+        proven = f"certificate:{identity.decode('utf-8', 'replace')}"
+        break
+    if proven:
+        return f"{proven}/{claimed}" if claimed else proven
+    if claimed:
+        return claimed
+    kind, _, rest = context.peer().partition(":")
     return f"{kind}:{rest.rpartition(':')[0]}" if kind in {"ipv4", "ipv6"} else kind
 
 
