@@ -14,6 +14,7 @@ from forebay.mlx_service.models.describe import describe
 from forebay.mlx_service.worker.engine import Engine
 from forebay.mlx_service.worker.grammar import Grammars
 from forebay.mlx_service.worker.load import load_weights
+from forebay.mlx_service.worker.prefix_cache import PrefixCache
 from forebay.mlx_service.worker.service import Served, WorkerService
 from forebay.mlx_service.worker.words import Words
 
@@ -79,6 +80,9 @@ async def rig(
     context: int = 512,
     default_max_tokens: int = 64,
     prefill_step: int | None = 32,
+    prefixes: PrefixCache | None = None,
+    isolates_callers: bool = False,
+    ceiling: int | None = None,
 ) -> AsyncIterator[Rig]:
     words = Words(path)
     await words.load()
@@ -87,6 +91,8 @@ async def rig(
         rows=rows,
         queue_rows=queue_rows,
         prefill_step=prefill_step,
+        prefixes=prefixes,
+        ceiling=ceiling,
     )
     served = Served(
         model_id=MODEL,
@@ -95,6 +101,7 @@ async def rig(
         context_token_count=context,
         default_max_tokens=default_max_tokens,
         rows=rows,
+        isolates_callers=isolates_callers,
     )
     await engine.start()
     try:

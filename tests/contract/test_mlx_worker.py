@@ -224,3 +224,22 @@ def test_importing_mlx_lowers_no_limit_of_the_process() -> None:
     import forebay.mlx_service.worker.runtime  # noqa: F401
 
     assert resource.getrlimit(resource.RLIMIT_NOFILE) == before
+
+
+async def test_a_model_that_exceeds_the_ceiling_is_not_loaded(model: Path) -> None:
+    async with worker(model, "--memory-ceiling", "1000") as running:
+        assert await running.code() == 3
+        assert "memory_ceiling is 1000" in (await running.errors())[-1]
+
+
+async def test_what_was_read_before_is_found_through_the_process(model: Path) -> None:
+    async with worker(model, "--prefix-cache", str(1 << 20)) as running:
+        await running.ready()
+        asked = request(2)
+        asked.messages[0].parts[0].text = "a text that is long enough to be found again " * 3
+        counts = []
+        for _ in range(2):
+            events = [event async for event in running.stub.Generate(asked)]
+            counts.append(events[-1].finished.usage.cached_token_count)
+        assert counts[0] == 0
+        assert counts[1] > 32

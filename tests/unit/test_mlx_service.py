@@ -406,8 +406,12 @@ async def test_an_engine_that_was_never_started_can_be_stopped() -> None:
 
 async def test_the_prefill_step_is_measured(random_model: Path) -> None:
     async with rig(random_model, prefill_step=None) as tiny:
-        assert tiny.engine._batch.prefill_step in engine_module.PREFILL_STEPS
-        assert tiny.engine._batch.cache_bytes == 0
+        alone, shared = tiny.engine._prefill_step, tiny.engine._shared_step
+        assert {alone, shared} <= set(engine_module.PREFILL_STEPS)
+        assert alone is not None
+        assert shared is not None
+        assert shared <= alone
+        assert tiny.engine.stats().cache_bytes == 0
 
 
 async def test_an_idle_engine_does_not_run(tiny: Rig) -> None:

@@ -222,9 +222,9 @@ async def test_pictures_and_prompts_are_charged_before_they_are_measured() -> No
 
 
 class Overload:
-    """Four slots, a second a call, and three times as many calls as fit, for two minutes."""
+    """Four slots, a second a call, and three times as many calls as fit, for a minute."""
 
-    SLOTS, SECONDS = 4, 120
+    SLOTS, SECONDS = 4, 60
 
     def __init__(self, seed: int) -> None:
         self.chance = random.Random(seed)

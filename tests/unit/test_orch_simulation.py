@@ -123,8 +123,10 @@ class PlayedBackend:
 class CheckedRouter(Router):
     """A router whose every refusal is checked: there was no path left."""
 
-    def decide(self, request: Request, snapshot: object, *, tried: frozenset[str] = frozenset()) -> Decision:
-        decision = super().decide(request, snapshot, tried=tried)  # type: ignore[arg-type]  # only passed on
+    def decide(
+        self, request: Request, snapshot: object, *, tried: frozenset[str] = frozenset(), **more: object
+    ) -> Decision:
+        decision = super().decide(request, snapshot, tried=tried, **more)  # type: ignore[arg-type]  # only passed on
         if decision.chosen is None:
             for candidate in decision.candidates:
                 assert not _is_path(candidate.endpoint, tried), f"the path to {candidate.name} was shut"

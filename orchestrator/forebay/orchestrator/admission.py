@@ -382,7 +382,8 @@ class Admission:
         turns = self._turns
         taken: set[Ticket] = set()
         for _, level in sorted(levels.items()):
-            while (ticket := level.first(used, taken)) is not None:
+            while (first := level.first(used, taken)) is not None:
+                ticket = first
                 turns += 1
                 if turns % OLDEST_EVERY == 0:
                     while aged and aged[0] in taken:

@@ -10,6 +10,7 @@ import grpc.aio
 
 from forebay.fleet.v1 import fleet_pb2_grpc
 from forebay.kit.channel import connect
+from forebay.kit.relay import Pairs
 from forebay.kit.rpc import Edge
 from forebay.kit.telemetry import Telemetry, off
 from forebay.orchestrator.admission import Admission
@@ -25,6 +26,7 @@ from forebay.orchestrator.fleet.figures import show
 from forebay.orchestrator.fleet.fleet import Fleet, Member
 from forebay.orchestrator.fleet.management import Management
 from forebay.orchestrator.fleet.probe import Probe
+from forebay.orchestrator.layers.hedge import FirstDeltas
 from forebay.orchestrator.replies import MemoryStore, Store
 from forebay.orchestrator.routing.router import Router
 from forebay.orchestrator.servicer import FLEET_SERVICE, FleetServicer
@@ -52,6 +54,7 @@ class Orchestrator:
         self._source = source or random.Random()  # noqa: S311  # spreads load; it guards nothing
         self._clock: Clock = asyncio.get_running_loop().time
         feed = Feed()
+        self._times = FirstDeltas()
         self.fleet = Fleet(
             [self._member(backend, feed) for backend in settings.backends if backend.enabled], feed
         )
@@ -78,6 +81,7 @@ class Orchestrator:
             store=self._store(settings.cache),
             spawn=self.fleet.spawn,
             weights=self.fleet.weights,
+            times=self._times,
             telemetry=self._telemetry,
         )
         show(self.fleet, self.admission, self._telemetry.metrics)
@@ -119,15 +123,32 @@ class Orchestrator:
             if backend.name in spellings
         }
         endpoint = Endpoint(
-            backend, aliases=aliases, clock=self._clock, source=self._source, on_change=feed.publish
+            backend,
+            aliases=aliases,
+            clock=self._clock,
+            source=self._source,
+            on_change=feed.publish,
+            on_first_delta=self._times.note,
         )
         channel = connect(backend.address, tls_roots=backend.tls_roots)
+        credentials = _credentials(backend)
         endpoint.service = endpoint_stack(
-            endpoint, channel=Channel(channel, backend.name), clock=self._clock, telemetry=self._telemetry
+            endpoint,
+            channel=Channel(channel, backend.name, credentials=credentials),
+            clock=self._clock,
+            telemetry=self._telemetry,
         )
-        probe = Probe(endpoint, channel, self.settings.probe, source=self._source)
-        return Member(endpoint=endpoint, channel=channel, probe=probe)
+        probe = Probe(endpoint, channel, self.settings.probe, source=self._source, credentials=credentials)
+        return Member(endpoint=endpoint, channel=channel, probe=probe, credentials=credentials)
 
     def _management(self, name: str) -> Management:
         member = self.fleet.member(name)
-        return Management(member.channel, name, on_change=member.probe.refresh)
+        return Management(
+            member.channel, name, on_change=member.probe.refresh, credentials=member.credentials
+        )
+
+
+def _credentials(backend: BackendSettings) -> Pairs:
+    """Returns the metadata that proves to a backend who we are."""
+    token = backend.token()
+    return () if token is None else (("authorization", f"Bearer {token.get_secret_value()}"),)

@@ -8,9 +8,9 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import Field, StringConstraints, model_validator
+from pydantic import Field, SecretStr, StringConstraints, model_validator
 
-from forebay.kit.config import Address, ByteSize, Duration, ServerSettings, Settings
+from forebay.kit.config import Address, ByteSize, Duration, ServerSettings, Settings, is_local
 
 Name = Annotated[str, StringConstraints(pattern=r"^[a-z0-9]([a-z0-9_-]{0,38}[a-z0-9])?$")]
 """A backend's name: it appears in answers, spans and metric labels, so it is short and plain."""
@@ -89,9 +89,37 @@ class BackendSettings(Settings):
     tls_roots: Path | None = Field(
         default=None, description="PEM file with the roots to trust. Unset connects without TLS."
     )
+    token_file: Path | None = Field(
+        default=None,
+        description="File that holds the bearer token the backend asks for. Over anything but loopback and "
+        "unix sockets it needs tls_roots, for a token in plaintext is everyone's.",
+    )
     breaker: BreakerSettings = Field(
         default_factory=BreakerSettings, description="When calls are kept away from it."
     )
+
+    @model_validator(mode="after")
+    def _check_token(self) -> BackendSettings:
+        if self.token_file is None:
+            return self
+        if self.tls_roots is None and not is_local(self.address):
+            raise ValueError("token_file needs tls_roots, since the address is not on this machine")
+        try:
+            self.token()
+        except (OSError, UnicodeError) as error:
+            raise ValueError(f"token_file {self.token_file} cannot be read: {error}") from error
+        return self
+
+    def token(self) -> SecretStr | None:
+        """Returns the token to send; None if there is none.
+
+        Raises:
+            OSError: its file cannot be read.
+            UnicodeError: its file is not ASCII text, which is all that metadata can carry.
+        """
+        if self.token_file is None:
+            return None
+        return SecretStr(self.token_file.read_text(encoding="ascii").strip())
 
 
 DEFAULT_BACKENDS = (
@@ -121,6 +149,11 @@ class RetrySettings(Settings):
     )
     backoff_min: Duration = Field(
         default=timedelta(milliseconds=100), description="First wait before the same backend is tried again."
+    )
+    continue_wait: Duration = Field(
+        default=timedelta(seconds=5),
+        description="How long a reply that broke off waits for a backend that can go on with it, where the "
+        "caller allowed that. A backend that restarts is back sooner.",
     )
     backoff_max: Duration = Field(
         default=timedelta(seconds=5),
@@ -190,6 +223,26 @@ class CacheSettings(Settings):
         return self
 
 
+class HedgeSettings(Settings):
+    """When a slow call is tried on a second backend at the same time."""
+
+    enabled: bool = Field(
+        default=False,
+        description="Whether slow calls get a second attempt. Off, because on one machine the second backend "
+        "takes its memory and cores from the first.",
+    )
+    quantile: Fraction = Field(
+        default=0.95,
+        description="Share of recent calls whose first delta came sooner than a second attempt is made.",
+    )
+    min_samples: int = Field(
+        default=20, ge=1, description="Calls that must have been measured before the share says anything."
+    )
+    delay_min: Duration = Field(
+        default=timedelta(milliseconds=50), description="Shortest wait before a second attempt."
+    )
+
+
 class ScorerWeights(Settings):
     """How much each score counts when backends are compared."""
 
@@ -203,6 +256,12 @@ class ScorerWeights(Settings):
     )
     load: float = Field(default=3.0, ge=0.0, description="Few calls in progress for its slots.")
     context: float = Field(default=2.0, ge=0.0, description="The request fits the context as it is loaded.")
+    proven: float = Field(
+        default=2.0,
+        ge=0.0,
+        description="What the request needs beyond plain text was tried on the running server, and not only "
+        "claimed.",
+    )
     latency: float = Field(default=2.0, ge=0.0, description="Short recent time to the first delta.")
     health: float = Field(default=2.0, ge=0.0, description="Few recent failures.")
     weight: float = Field(default=1.0, ge=0.0, description="The backend's configured weight.")
@@ -262,6 +321,9 @@ class OrchestratorSettings(ServerSettings):
         default="asked",
         description="Which identical calls in flight share one reply, if it is greedy or seeded: those that "
         "`routing.cache` allows to be kept, all, or none.",
+    )
+    hedge: HedgeSettings = Field(
+        default_factory=HedgeSettings, description="When slow calls are tried twice at the same time."
     )
     scorers: ScorerWeights = Field(default_factory=ScorerWeights, description="How backends are compared.")
     picker: Literal["best", "two"] = Field(

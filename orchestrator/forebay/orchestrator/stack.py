@@ -25,12 +25,15 @@ from forebay.orchestrator.fleet.endpoint import Endpoint
 from forebay.orchestrator.layers.account import Account
 from forebay.orchestrator.layers.admit import Admit
 from forebay.orchestrator.layers.coalesce import Coalesce, Spawn
+from forebay.orchestrator.layers.continue_ import Continue
 from forebay.orchestrator.layers.deadline import Deadline
 from forebay.orchestrator.layers.fallback import Fallback
 from forebay.orchestrator.layers.guard import Guard
+from forebay.orchestrator.layers.hedge import FirstDeltas, Hedge
 from forebay.orchestrator.layers.remember import Lookup, Remember
 from forebay.orchestrator.layers.route import Fleet, Route
 from forebay.orchestrator.layers.span import Span
+from forebay.orchestrator.layers.verify import Verify
 from forebay.orchestrator.replies import Store
 from forebay.orchestrator.routing.router import Decision, Router
 
@@ -46,6 +49,7 @@ def request_stack(
     store: Store | None = None,
     spawn: Spawn | None = None,
     weights: Callable[[str], str] = lambda model: "",
+    times: FirstDeltas | None = None,
     telemetry: Telemetry | None = None,
 ) -> Service:
     """Returns the stack that every call goes down once.
@@ -60,6 +64,7 @@ def request_stack(
         store: where answers are kept; None keeps none.
         spawn: starts tasks that no call owns; None shares no replies.
         weights: returns what is known of the weights behind a model's name.
+        times: how long first deltas took lately. None knows of none.
         telemetry: of this process; None tells nobody.
     """
     watched_by = telemetry or off()
@@ -114,11 +119,20 @@ def request_stack(
         *caching,
         # Above Fallback, so that a call keeps its place over its attempts.
         lambda inner: Admit(inner, admission=admission),
+        # Above Continue, so that it sees the reply as the caller does, spliced or not.
+        Verify,
+        # Above Fallback, so that whoever goes on with a broken reply is found as anyone is, with attempts and
+        # a commit gate of its own: until the next part's first delta nothing tells the caller that there is
+        # one. Below whatever holds a place for the call, which keeps it over the splice.
+        lambda inner: Continue(inner, settings=settings.retry, budget=budget, source=source),
         # Above Route, so that each attempt is decided anew over the fleet as it then is. It holds the commit
-        # gate, so nothing between it and the backend may keep events back.
+        # gate, so nothing between it and the backend may keep a delta back.
         lambda inner: Fallback(
             inner, settings=settings.retry, budget=budget, source=source, on_retry=on_retry
         ),
+        # Below Fallback, for two racers are one attempt: whichever answers first is the attempt's answer.
+        # Above Route, so that each racer is routed by itself.
+        lambda inner: Hedge(inner, settings=settings.hedge, budget=budget, times=times or FirstDeltas()),
         # At the bottom: what is below belongs to one backend.
         around=Route(fleet=fleet, router=router, on_decision=on_decision),
     )

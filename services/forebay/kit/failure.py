@@ -308,6 +308,22 @@ class BrokenStream(Failure):
     elsewhere = True
 
 
+class FormatViolated(Failure):
+    """The whole reply came, and does not have the format that was asked for."""
+
+    reason = "FORMAT_VIOLATED"
+    code = grpc.StatusCode.ABORTED
+    fault = Fault.BACKEND
+
+
+class PromptTruncated(Failure):
+    """The reply came, and the backend cannot have read the whole prompt."""
+
+    reason = "PROMPT_TRUNCATED"
+    code = grpc.StatusCode.ABORTED
+    fault = Fault.BACKEND
+
+
 class BackendError(Failure):
     """The framework failed inside, in a way that has no better name."""
 

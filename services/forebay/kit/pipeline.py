@@ -46,6 +46,16 @@ _URGENCIES = {
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Resumption:
+    """That a call goes on with a reply which another backend began."""
+
+    weights: str
+    """Digest of the weights that wrote it so far. Empty is not known."""
+    needs_same_weights: bool
+    """Whether only those weights may go on."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Call(Generic[Request_co]):
     """One request on its way through a stack.
 
@@ -62,6 +72,10 @@ class Call(Generic[Request_co]):
     """Who asks, for fair turns and isolation: an authenticated name, else the peer's address."""
     tried: frozenset[str] = frozenset()
     """Names of backends that have failed this call, so that the next attempt goes elsewhere."""
+    on_route: Callable[[str], None] | None = None
+    """Told which backend each attempt goes to, before it goes there."""
+    resumption: Resumption | None = None
+    """Set if the request's `continue_from` is part of a reply that the caller has already read."""
 
     @property
     def urgency(self) -> Urgency:

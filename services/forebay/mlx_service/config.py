@@ -7,7 +7,7 @@ from pathlib import Path
 
 from pydantic import Field, model_validator
 
-from forebay.kit.config import Address, Duration, ServerSettings
+from forebay.kit.config import Address, ByteSize, Duration, ServerSettings
 from forebay.mlx_service.default_model import DEFAULT_MODEL
 from forebay.mlx_service.fetch import default_cache_dir
 
@@ -68,6 +68,19 @@ class MlxSettings(ServerSettings):
     )
     default_max_output_token_count: int | None = Field(
         None, ge=1, description="Most tokens of a reply whose request sets no limit. Default: the worker's."
+    )
+    prefix_cache_bytes: ByteSize = Field(
+        512 << 20,
+        ge=0,
+        description="Memory in which each model keeps what it has read, for prompts that begin the same. "
+        "0 keeps nothing. Where callers must prove who they are, nobody's prompt serves another caller.",
+    )
+    memory_ceiling: ByteSize | None = Field(
+        None,
+        ge=1,
+        description="Memory that each model's weights and requests may take. What could exceed it is "
+        "refused. Default: the machine's memory but 35 %, of that at least 2 GiB and at most 12 GiB, and no "
+        "more than 95 % of what Metal recommends.",
     )
 
     load_timeout: Duration = Field(

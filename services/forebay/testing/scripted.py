@@ -595,7 +595,9 @@ def _finished(
     request: pb.GenerateRequest, plan: Plan, talk: _Talk, *, since: float, load_seconds: float
 ) -> pb.Finished:
     finished = pb.Finished(reason=plan.reason, stop_sequence=plan.stop_sequence)
-    finished.usage.prompt_token_count = tokens.count_tokens(request.messages, request.tools)
+    # What the reply already holds is read like a prompt, and counted so.
+    held = len(request.continue_from.token_ids) or tokens.words(request.continue_from.text)
+    finished.usage.prompt_token_count = tokens.count_tokens(request.messages, request.tools) + held
     finished.usage.output_token_count = len(plan.deltas)
     finished.usage.reasoning_token_count = plan.reasoning_token_count
     first = since if talk.first_delta is None else talk.first_delta

@@ -10,8 +10,7 @@ from forebay.inference.v1 import inference_pb2 as pb
 from forebay.inference.v1 import inference_pb2_grpc
 from forebay.kit.failure import BackendError, Failure, Internal
 from forebay.kit.pipeline import Call, Request, Send
-from forebay.kit.relay import relay_generate, relay_unary
-from forebay.kit.rpc import CALLER_KEY
+from forebay.kit.relay import Pairs, relay_generate, relay_unary
 
 
 class Channel:
@@ -20,9 +19,11 @@ class Channel:
     Args:
         channel: the connection.
         backend: the backend's name.
+        credentials: metadata that proves who we are.
     """
 
-    def __init__(self, channel: grpc.aio.Channel, backend: str) -> None:
+    def __init__(self, channel: grpc.aio.Channel, backend: str, *, credentials: Pairs = ()) -> None:
+        self._credentials = credentials
         self._stub = inference_pb2_grpc.InferenceServiceStub(channel)
         self._backend = backend
 
@@ -44,7 +45,7 @@ class Channel:
 
     async def _relay(self, call: Call[Request], send: Send) -> None:
         request = call.request
-        metadata = ((CALLER_KEY, call.caller),) if call.caller else ()
+        metadata = self._credentials
         if isinstance(request, pb.GenerateRequest):
             generate = cast("Call[pb.GenerateRequest]", call)
             await relay_generate(

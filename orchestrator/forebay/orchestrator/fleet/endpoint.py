@@ -62,6 +62,7 @@ class Endpoint:
         source: where jitter comes from.
         on_change: told the backend's name whenever something changes that a watcher may want to see.
         now: gives the time of day.
+        on_first_delta: told how many seconds each call took to its first delta.
     """
 
     def __init__(
@@ -73,6 +74,7 @@ class Endpoint:
         source: random.Random,
         on_change: Callable[[str], None] = lambda name: None,
         now: Callable[[], datetime] = lambda: datetime.now(UTC),
+        on_first_delta: Callable[[float], None] = lambda seconds: None,
     ) -> None:
         self.settings = settings
         self.name = settings.name
@@ -83,11 +85,16 @@ class Endpoint:
         self._clock = clock
         self._now = now
         self._on_change = on_change
+        self._on_first_delta = on_first_delta
         self._is_reachable = False
         self._is_serving = False
         self._is_drained = False
         self._detail = "not connected yet"
         self._list_error = ""
+        self._is_framework_gone = False  # its service answers, and says that what is behind it does not
+        self._is_unexplained = False  # it is not serving, and has not been asked why yet
+        self._logged = State.UNREACHABLE
+        self._absence = ""  # what was last logged of the framework's absence
         self._models: tuple[pb.Model, ...] = ()
         self._are_models_known = False
         self._outstanding = 0
@@ -124,6 +131,7 @@ class Endpoint:
             self._failed += 1
         if outcome.first_delta is not None:
             self._first_delta = _average(self._first_delta, outcome.first_delta)
+            self._on_first_delta(outcome.first_delta)
         if outcome.tokens_per_second is not None:
             self._tokens_per_second = _average(self._tokens_per_second, outcome.tokens_per_second)
 
@@ -134,12 +142,16 @@ class Endpoint:
         if not (self._is_reachable and self._is_serving):
             # It came back, perhaps as another process: what it did in its former life says little.
             self.breakers.heal()
+        if self._is_reachable and not self._is_serving:
+            self._list_error = ""  # it was of the time before
         self._is_reachable = self._is_serving = True
+        self._is_framework_gone = self._is_unexplained = False
         self._detail = ""
         self.update()
 
     def found_not_serving(self) -> None:
-        """It answers, and says that it takes no calls."""
+        """It answers, and says that it takes no calls. Why, its list of models will tell."""
+        self._is_unexplained = self._is_unexplained or self._is_serving or not self._is_reachable
         self._is_reachable, self._is_serving = True, False
         self._detail = "it says that it is not serving"
         self.update()
@@ -151,6 +163,7 @@ class Endpoint:
             detail: why, for people.
         """
         self._is_reachable = self._is_serving = False
+        self._is_framework_gone = self._is_unexplained = False
         self._detail = _line(detail)
         self.update()
 
@@ -169,14 +182,30 @@ class Endpoint:
         found = tuple(listed.values())
         is_news = found != self._models or not self._are_models_known or bool(self._list_error)
         self._models, self._are_models_known, self._list_error = found, True, ""
-        if is_news:
+        if self._is_unexplained or self._is_framework_gone:
+            self._is_unexplained = self._is_framework_gone = False
+            self.update()
+        elif is_news:
             self._publish()
 
-    def fail_to_list(self, detail: str) -> None:
-        """It could not list its models. The last list is kept."""
-        error = _line(f"its models cannot be listed: {detail}")
-        if error != self._list_error:
-            self._list_error = error
+    def fail_to_list(self, detail: str, *, is_gone: bool = False) -> None:
+        """It could not list its models. The last list is kept.
+
+        Args:
+            detail: why, for people.
+            is_gone: whether it says that the framework behind it cannot be reached.
+        """
+        is_away = self._is_reachable and not self._is_serving
+        error = _line(detail if is_away else f"its models cannot be listed: {detail}")
+        is_news = error != self._list_error
+        is_told = is_away and (self._is_unexplained or is_gone is not self._is_framework_gone)
+        if not is_news and not is_told:
+            return
+        self._list_error, self._is_unexplained = error, False
+        self._is_framework_gone = is_gone and is_away
+        if is_away:
+            self.update()
+        else:
             logger.warning("backend %s: %s", self.name, error)
             self._publish()
 
@@ -220,7 +249,7 @@ class Endpoint:
 
     def update(self) -> None:
         """Finds the state anew, and tells who watches."""
-        if not self._is_reachable:
+        if not self._is_reachable or (self._is_framework_gone and not self._is_drained):
             state = State.UNREACHABLE
         elif self._is_drained or not self._is_serving:
             state = State.DRAINING
@@ -229,24 +258,36 @@ class Endpoint:
         else:
             state = State.ACTIVE
         if state is not self._state:
-            level = logging.INFO if state is State.ACTIVE else logging.WARNING
-            detail = self.detail
-            logger.log(level, "backend %s is %s%s", self.name, state.name, f": {detail}" if detail else "")
             self._state = state
             self._changed_at = self._clock()
             self._change_time = self._now()
+        # One that does not serve is told of once, when it is known why.
+        if not self._is_unexplained and (state is not self._logged or self._is_news_of_absence()):
+            level = logging.INFO if state is State.ACTIVE else logging.WARNING
+            detail = self.detail
+            logger.log(level, "backend %s is %s%s", self.name, state.name, f": {detail}" if detail else "")
+            self._logged = state
+            self._absence = self._list_error if self._is_framework_gone else ""
         self._publish()
+
+    def _is_news_of_absence(self) -> bool:
+        return self._is_framework_gone and self._list_error != self._absence
 
     @property
     def detail(self) -> str:
         """Why it is in its state, in one sentence for people. Empty if all is well."""
         if self._detail:
-            return self._detail
+            return self._away()
         if self._is_drained:
             return "an operator drained it"
         if self.breakers.whole.state is not BreakerState.CLOSED:
             return f"its calls failed: {self.breakers.whole.reason}"
         return self._list_error
+
+    def _away(self) -> str:
+        """Why it takes no calls: its own words where it has any."""
+        is_told = self._is_reachable and self._list_error and not self._is_unexplained
+        return self._list_error if is_told else self._detail
 
     def view(self) -> EndpointView:
         """Returns what routing decides over."""
@@ -257,7 +298,7 @@ class Endpoint:
             is_reachable=self._is_reachable,
             is_serving=self._is_serving,
             is_drained=self._is_drained,
-            detail=self._detail,
+            detail=self._away(),
             models=self._models,
             are_models_known=self._are_models_known,
             can_admit=whole.can_admit,

@@ -10,6 +10,7 @@ import grpc.aio
 
 from forebay.kit.failure import BackendNotFound
 from forebay.kit.pipeline import Service
+from forebay.kit.relay import Pairs
 from forebay.orchestrator.fleet.endpoint import Endpoint
 from forebay.orchestrator.fleet.feed import Feed
 from forebay.orchestrator.fleet.probe import Probe
@@ -23,9 +24,13 @@ class Member:
         endpoint: what is known of it.
         channel: the connection to it.
         probe: keeps it known.
+        credentials: metadata that proves to it who we are.
     """
 
-    def __init__(self, *, endpoint: Endpoint, channel: grpc.aio.Channel, probe: Probe) -> None:
+    def __init__(
+        self, *, endpoint: Endpoint, channel: grpc.aio.Channel, probe: Probe, credentials: Pairs = ()
+    ) -> None:
+        self.credentials = credentials
         self.endpoint = endpoint
         self.channel = channel
         self.probe = probe

@@ -10,7 +10,7 @@ import grpc.aio
 
 from forebay.kit.engine import SendLoad, SendPull
 from forebay.kit.failure import BrokenStream
-from forebay.kit.relay import failure_of, lost, relay_unary
+from forebay.kit.relay import Pairs, failure_of, lost, relay_unary
 from forebay.models.v1 import models_pb2 as models_pb
 from forebay.models.v1 import models_pb2_grpc
 
@@ -24,10 +24,19 @@ class Management:
     Args:
         channel: the connection.
         backend: the backend's name.
+        credentials: metadata that proves who we are.
         on_change: called after anything that may have changed which models there are or are loaded.
     """
 
-    def __init__(self, channel: grpc.aio.Channel, backend: str, *, on_change: Callable[[], None]) -> None:
+    def __init__(
+        self,
+        channel: grpc.aio.Channel,
+        backend: str,
+        *,
+        on_change: Callable[[], None],
+        credentials: Pairs = (),
+    ) -> None:
+        self._credentials = credentials
         self._stub = models_pb2_grpc.ModelServiceStub(channel)
         self._backend = backend
         self._on_change = on_change
@@ -35,7 +44,9 @@ class Management:
     async def get(self, model: str) -> models_pb.GetModelResponse:
         """Describes a model."""
         request = models_pb.GetModelRequest(model=model)
-        return await relay_unary(self._stub.GetModel, request, None, self._backend)
+        return await relay_unary(
+            self._stub.GetModel, request, None, self._backend, metadata=self._credentials
+        )
 
     async def load(self, request: models_pb.LoadModelRequest, send: SendLoad) -> None:
         """Loads a model."""
@@ -49,7 +60,9 @@ class Management:
         """Removes a model from memory."""
         request = models_pb.UnloadModelRequest(model=model, force=force)
         try:
-            return await relay_unary(self._stub.UnloadModel, request, None, self._backend)
+            return await relay_unary(
+                self._stub.UnloadModel, request, None, self._backend, metadata=self._credentials
+            )
         finally:
             self._on_change()
 
@@ -57,7 +70,9 @@ class Management:
         """Removes a model from disk."""
         request = models_pb.DeleteModelRequest(model=model)
         try:
-            return await relay_unary(self._stub.DeleteModel, request, None, self._backend)
+            return await relay_unary(
+                self._stub.DeleteModel, request, None, self._backend, metadata=self._credentials
+            )
         finally:
             self._on_change()
 
@@ -70,7 +85,7 @@ class Management:
         last: str,
     ) -> None:
         """Passes events on until the last. A loss never cuts anything: asking again joins the work."""
-        stream = method(request)
+        stream = method(request, metadata=grpc.aio.Metadata(*self._credentials))
         is_done = False
         try:
             while not is_done:

@@ -19,8 +19,8 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from forebay.inference.v1 import inference_pb2 as pb
 from forebay.inference.v1 import inference_pb2_grpc
-from forebay.kit.failure import Failure
-from forebay.kit.relay import relay_unary
+from forebay.kit.failure import BackendUnavailable, Failure
+from forebay.kit.relay import Pairs, relay_unary
 from forebay.kit.rpc import INFERENCE_SERVICE
 from forebay.orchestrator.backoff import Backoff
 from forebay.orchestrator.config import ProbeSettings
@@ -35,11 +35,19 @@ class Probe:
         channel: the connection.
         settings: how often to look.
         source: where jitter comes from.
+        credentials: metadata that proves who we are. Health needs none.
     """
 
     def __init__(
-        self, endpoint: Endpoint, channel: grpc.aio.Channel, settings: ProbeSettings, *, source: random.Random
+        self,
+        endpoint: Endpoint,
+        channel: grpc.aio.Channel,
+        settings: ProbeSettings,
+        *,
+        source: random.Random,
+        credentials: Pairs = (),
     ) -> None:
+        self._credentials = credentials
         self._endpoint = endpoint
         self._settings = settings
         self._source = source
@@ -95,9 +103,9 @@ class Probe:
     def _take(self, status: int) -> None:
         if status == health_pb2.HealthCheckResponse.SERVING:
             self._endpoint.found_serving()
-            self.refresh()
         else:
             self._endpoint.found_not_serving()
+        self.refresh()  # for what it has now, or for why it has nothing
 
     async def watch_models(self) -> None:
         """Keeps the list of models fresh."""
@@ -121,10 +129,14 @@ class Probe:
         try:
             async with asyncio.timeout(self._settings.timeout.total_seconds()):
                 answer = await relay_unary(
-                    self._stub.ListModels, pb.ListModelsRequest(), None, self._endpoint.name
+                    self._stub.ListModels,
+                    pb.ListModelsRequest(),
+                    None,
+                    self._endpoint.name,
+                    metadata=self._credentials,
                 )
         except Failure as failure:
-            self._endpoint.fail_to_list(failure.message)
+            self._endpoint.fail_to_list(failure.message, is_gone=failure.reason == BackendUnavailable.reason)
         except TimeoutError:
             self._endpoint.fail_to_list("it did not answer in time")
         else:

@@ -102,7 +102,8 @@ class Fallback:
             StreamInterrupted: the backend was lost after part of the answer was sent.
             Failure: the most telling one of the attempts.
         """
-        self._budget.deposit()
+        if call.resumption is None:  # going on with a reply is no new call
+            self._budget.deposit()
         await _Attempts(self, call, send).run()
 
     async def attempt(self, call: Call[Request], send: Send) -> Failure | None:

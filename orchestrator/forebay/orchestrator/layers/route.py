@@ -9,9 +9,13 @@ from opentelemetry import trace
 
 from forebay.inference.v1 import inference_pb2 as pb
 from forebay.kit.failure import Failure, WrongModel
-from forebay.kit.pipeline import Call, Event, Request, Send, Service
+from forebay.kit.pipeline import Call, Event, Request, Resumption, Send, Service
+from forebay.orchestrator.routing.filters import can
 from forebay.orchestrator.routing.names import is_same
 from forebay.orchestrator.routing.router import Candidate, Decision, Router, Snapshot
+
+CONTINUING = frozenset({pb.CONTINUATION_POLICY_SAME_WEIGHTS, pb.CONTINUATION_POLICY_ANY_MODEL})
+"""Policies under which a reply may go on elsewhere."""
 
 
 class Fleet(Protocol):
@@ -48,15 +52,19 @@ class Route:
             ModelNotFound: nobody has the model.
             WrongModel: another model answered.
         """
-        decision = self._router.decide(call.request, self._fleet.snapshot(), tried=call.tried)
+        decision = self._router.decide(
+            call.request, self._fleet.snapshot(), tried=call.tried, resumption=call.resumption
+        )
         if self._on_decision is not None:
             self._on_decision(decision)
         _note(decision)
         chosen = decision.chosen
         if chosen is None:
             raise decision.failure()
+        if call.on_route is not None:
+            call.on_route(chosen.name)
         inner = self._fleet.service(chosen.name)
-        request = _addressed(call.request, chosen.spelling, call.request_id)
+        request = _addressed(call, chosen)
         check = _Check(call, chosen, send)
         try:
             # No await between the decision and here: what was decided is still true when the call is counted.
@@ -72,6 +80,7 @@ class _Check:
     def __init__(self, call: Call[Request], chosen: Candidate, send: Send) -> None:
         self._request = call.request
         self._request_id = call.request_id
+        self._resumption = call.resumption
         self._chosen = chosen
         self._send = send
 
@@ -80,6 +89,7 @@ class _Check:
             if event.HasField("started"):
                 self._name(event.started)
                 event.started.request_id = self._request_id
+                self._weigh(event.started)
         else:
             self._name(event)
         await self._send(event)
@@ -109,23 +119,54 @@ class _Check:
                 detail=f"model {answer.model} answers instead of {asked}",
             )
 
+    def _weigh(self, started: pb.Started) -> None:
+        """Says which weights answer, and refuses others than those a reply must go on with."""
+        listed = self._chosen.model
+        is_listed = listed is not None and listed.HasField("weights") and listed.id == started.model
+        if listed is not None and is_listed and not started.HasField("weights"):
+            started.weights.CopyFrom(listed.weights)
+        resumption = self._resumption
+        if resumption is None or not resumption.needs_same_weights:
+            return
+        if started.weights.digest != resumption.weights:
+            # It has another model under that name since it listed its models.
+            raise WrongModel(
+                f"backend {self._chosen.name} has other weights than those that began the reply",
+                metadata={"backend": self._chosen.name, "answered": started.model},
+            )
+
     def _is_allowed(self, answered: str) -> bool:
         named = (self._chosen.spelling, *self._request.routing.fallback_models)
         return any(is_same(name, answered, self._chosen.endpoint.models) for name in named)
 
 
-def _addressed(request: Request, spelling: str, request_id: str) -> Request:
+def _addressed(call: Call[Request], chosen: Candidate) -> Request:
     """Returns the request as the backend is to see it."""
+    request = call.request
     copy = type(request)()
     copy.CopyFrom(request)  # type: ignore[arg-type]  # both are of one type, which the union hides
-    copy.model = spelling
-    copy.request_id = request_id
+    copy.model = chosen.spelling
+    copy.request_id = call.request_id
+    if isinstance(copy, pb.GenerateRequest):
+        _prepare_splices(copy, call.resumption, chosen)
     # The hints were for us, and an orchestrator behind us does not know our names.
     priority = request.routing.priority
     copy.ClearField("routing")
     if priority:
         copy.routing.priority = priority
     return copy
+
+
+def _prepare_splices(request: pb.GenerateRequest, resumption: Resumption | None, chosen: Candidate) -> None:
+    """Asks for token identifiers where they may be needed, and leaves out those that mean nothing there."""
+    model = chosen.model
+    if request.routing.continuation in CONTINUING and can(model, pb.CAPABILITY_TOKEN_IDS):
+        # `Continue` takes them out again if the caller did not ask for them.
+        request.include_token_ids = True
+    if resumption is not None and request.continue_from.token_ids:
+        digest = model.weights.digest if model is not None else ""
+        if not digest or digest != resumption.weights:
+            request.continue_from.ClearField("token_ids")
 
 
 def _note(decision: Decision) -> None:

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import TypeAlias
 
 from forebay.inference.v1 import inference_pb2 as pb
+from forebay.kit.pipeline import Resumption
 from forebay.orchestrator.routing.classify import Traits
 from forebay.orchestrator.routing.view import EndpointView
 
@@ -31,6 +32,8 @@ class Question:
     """The backend."""
     found: pb.Model | None
     """What the backend calls that model; None if it has no such model."""
+    resumption: Resumption | None = None
+    """Set if the reply was begun elsewhere."""
 
 
 Filter: TypeAlias = Callable[[Question], str | None]
@@ -97,6 +100,29 @@ def capability(question: Question) -> str | None:
     return None
 
 
+def resumption(question: Question) -> str | None:
+    """Refuses models that are not known to go on with the reply.
+
+    What is unknown is not tried here: a backend that begins anew would repeat what the caller has read.
+    """
+    begun, found = question.resumption, question.found
+    if begun is None or found is None:
+        return None
+    if begun.needs_same_weights and found.weights.digest != begun.weights:
+        return f"model {found.id} is not known to have the weights that began the reply"
+    if not can(found, pb.CAPABILITY_CONTINUE):
+        return f"model {found.id} is not known to go on from the start of a reply"
+    return None
+
+
+def can(model: pb.Model | None, capability: pb.Capability.ValueType) -> bool:
+    """Returns whether a model is known to have a capability."""
+    return model is not None and any(
+        report.capability == capability and report.support == pb.CapabilityReport.SUPPORT_YES
+        for report in model.capabilities
+    )
+
+
 def context(question: Question) -> str | None:
     """Refuses models whose context is too small for any reading of the text."""
     limit = question.found.context_token_count if question.found is not None else 0
@@ -135,6 +161,7 @@ FILTERS: Sequence[tuple[str, Filter]] = (
     ("model", model),
     ("quarantine", quarantine),
     ("capability", capability),
+    ("resumption", resumption),
     ("context", context),
     ("reachable", reachable),
     ("serving", serving),

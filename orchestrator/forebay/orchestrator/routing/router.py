@@ -23,7 +23,7 @@ from forebay.kit.failure import (
     NoBackend,
     QueueFull,
 )
-from forebay.kit.pipeline import Request
+from forebay.kit.pipeline import Request, Resumption
 from forebay.orchestrator.config import ScorerWeights
 from forebay.orchestrator.routing.classify import Traits, classify
 from forebay.orchestrator.routing.filters import FILTERS, Question
@@ -122,6 +122,9 @@ class Decision:
         )
 
 
+_PLAIN = frozenset({pb.CAPABILITY_GENERATE, pb.CAPABILITY_EMBED, pb.CAPABILITY_COUNT_TOKENS})
+"""Capabilities that are no speciality: whoever lists a model for it can do them, or is refused."""
+
 _NOT_CONCERNED = frozenset({"allowed", "tried", "model"})
 """Filters whose refusal is no obstacle that could go away."""
 
@@ -141,7 +144,12 @@ class Router:
         self._source = source
 
     def decide(
-        self, request: Request, snapshot: Snapshot, *, tried: frozenset[str] = frozenset()
+        self,
+        request: Request,
+        snapshot: Snapshot,
+        *,
+        tried: frozenset[str] = frozenset(),
+        resumption: Resumption | None = None,
     ) -> Decision:
         """Decides where a request goes.
 
@@ -149,6 +157,7 @@ class Router:
             request: the request; its `model` is the one that is looked for.
             snapshot: every backend.
             tried: backends that failed this call already.
+            resumption: set if the reply was begun elsewhere.
 
         Raises:
             BackendNotFound: the request names a backend that does not exist.
@@ -163,7 +172,8 @@ class Router:
                 allowed=permitted,
                 tried=tried,
                 endpoint=endpoint,
-                found=find_model(request.model, endpoint.models),
+                found=_find(request.model, endpoint.models, resumption),
+                resumption=resumption,
             )
             for endpoint in snapshot
         ]
@@ -197,15 +207,18 @@ class Router:
         return self._score(question)
 
     def _score(self, question: Question) -> Candidate:
-        scores = {
-            name: scorer(question)
-            for name, scorer in SCORERS.items()
-            # Without an order it would be 1.0 for all, and its weight would squeeze the rest into a corner.
-            if question.allowed or name != "preference"
-        }
+        scores = {name: scorer(question) for name, scorer in SCORERS.items() if self._has_say(name, question)}
         weight = sum(self._weights[name] for name in scores)
         total = sum(self._weights[name] * score for name, score in scores.items()) / weight if weight else 0.0
         return Candidate(endpoint=question.endpoint, model=question.found, scores=scores, total=total)
+
+    def _has_say(self, scorer: str, question: Question) -> bool:
+        """Whether a score can differ. One that is the same for all squeezes the rest into a corner."""
+        if scorer == "preference":
+            return bool(question.allowed)
+        if scorer == "proven":
+            return not question.traits.needs <= _PLAIN
+        return True
 
     def _choose(self, candidates: Sequence[Candidate], *, has_order: bool) -> Candidate | None:
         if not candidates:
@@ -227,6 +240,15 @@ class Router:
             if refusals == ["breaker"] and not question.endpoint.is_probing:
                 resting.append(self._score(question))
         return max(resting, key=lambda candidate: candidate.total, default=None)
+
+
+def _find(model: str, listed: Sequence[pb.Model], resumption: Resumption | None) -> pb.Model | None:
+    """Returns the backend's model of that name, or the one with the very weights that a reply needs."""
+    found = find_model(model, listed)
+    if resumption is None or not resumption.needs_same_weights:
+        return found
+    same = [each for each in listed if each.weights.digest == resumption.weights]
+    return found if found in same or not same else same[0]
 
 
 def _check_names(names: Sequence[str], snapshot: Snapshot) -> None:

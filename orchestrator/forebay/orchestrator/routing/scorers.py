@@ -39,6 +39,18 @@ def load(question: Question) -> float:
     return 1.0 / (1.0 + endpoint.outstanding / (endpoint.slots or FEW_CALLS))
 
 
+def proven(question: Question) -> float:
+    """How sure it is that the model can do what the request needs. Tried is better than said."""
+    reports = {report.capability: report for report in question.found.capabilities} if question.found else {}
+    return min(_certainty(reports.get(need)) for need in question.traits.needs)
+
+
+def _certainty(report: pb.CapabilityReport | None) -> float:
+    if report is None or report.support != pb.CapabilityReport.SUPPORT_YES:
+        return 0.0
+    return 1.0 if report.probed else 0.5
+
+
 def context(question: Question) -> float:
     """Whether the request likely fits the context as it is loaded. Otherwise a reload or a refusal is due."""
     limit = question.found.loaded_context_token_count if question.found is not None else 0
@@ -67,6 +79,7 @@ SCORERS: Mapping[str, Scorer] = {
     "preference": preference,
     "loaded": loaded,
     "load": load,
+    "proven": proven,
     "context": context,
     "latency": latency,
     "health": health,

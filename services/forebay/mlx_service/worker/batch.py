@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from forebay.mlx_service.worker.runtime import BatchGenerator, mx
+from forebay.mlx_service.worker.runtime import BatchGenerator, KVCache, mx
 from forebay.mlx_service.worker.sampling import Array, Processor, Sampler
 
 
@@ -23,6 +23,16 @@ class Prefilled:
 
 
 @dataclass(frozen=True, slots=True)
+class Kept:
+    """What attention holds of a row that left. Not evaluated: it costs nothing unless it is used."""
+
+    tokens: tuple[int, ...]
+    """The tokens it covers."""
+    caches: list[KVCache]
+    """One cache a layer."""
+
+
+@dataclass(frozen=True, slots=True)
 class Generated:
     """A row has a new token. The log probabilities are evaluated and live on the engine's thread."""
 
@@ -31,6 +41,8 @@ class Generated:
     logprobs: Array
     ended: str | None
     """None, or `stop` after an end token, or `length` after the last token allowed."""
+    kept: Kept | None = None
+    """What attention holds of a row that ended."""
 
 
 class Batch:
@@ -44,6 +56,7 @@ class Batch:
     """
 
     def __init__(self, model: object, *, rows: int, prefill_step: int, end_tokens: Sequence[int]) -> None:
+        self._prefill_step = prefill_step
         self._generator = BatchGenerator(
             model,
             completion_batch_size=rows,
@@ -53,18 +66,31 @@ class Batch:
         )
 
     def insert(
-        self, tokens: Sequence[int], *, most: int, sampler: Sampler, processors: Sequence[Processor]
+        self,
+        tokens: Sequence[int],
+        *,
+        most: int,
+        sampler: Sampler,
+        processors: Sequence[Processor],
+        caches: list[KVCache] | None = None,
+        cached: int = 0,
     ) -> int:
         """Adds a row and returns its number. The prompt is read in the steps that follow.
 
         Args:
-            tokens: what to read; at least one.
+            tokens: what to read; at least one that is not cached.
+            caches: what attention holds of the first `cached` tokens, which then are not read.
             most: tokens to generate at most; at least one.
             sampler: picks the tokens.
             processors: change the logits first. Must not raise.
         """
         (uid,) = self._generator.insert(
-            [list(tokens)], [most], samplers=[sampler], logits_processors=[list(processors)]
+            [list(tokens[cached:])],
+            [most],
+            caches=[caches],
+            all_tokens=[list(tokens[:cached])],  # processors look at all of the prompt
+            samplers=[sampler],
+            logits_processors=[list(processors)],
         )
         return int(uid)
 
@@ -73,18 +99,33 @@ class Batch:
         prompts, tokens = self._generator.next()
         return (
             [Prefilled(p.uid, int(p.progress[0]), int(p.progress[1])) for p in prompts],
-            [Generated(t.uid, int(t.token), t.logprobs, t.finish_reason) for t in tokens],
+            [
+                Generated(
+                    t.uid,
+                    int(t.token),
+                    t.logprobs,
+                    t.finish_reason,
+                    None if t.finish_reason is None else Kept(tuple(t.all_tokens), t.prompt_cache),
+                )
+                for t in tokens
+            ],
         )
 
-    def remove(self, uid: int) -> None:
-        """Takes a row out, whatever it is at. Unknown rows are ignored."""
-        with mx.stream(self._generator.stream):
-            self._generator.remove([uid])
+    def remove(self, uid: int) -> Kept | None:
+        """Takes a row out, whatever it is at, and returns what attention holds of it.
 
-    @property
-    def prefill_step(self) -> int:
-        """Tokens of a prompt read in one step."""
-        return int(self._generator.prefill_step_size)
+        Unknown rows are ignored, and of a row that read nothing there is nothing to return.
+        """
+        with mx.stream(self._generator.stream):
+            left = self._generator.remove([uid], return_prompt_caches=True).get(uid)
+        if left is None or not left[0] or any(cache.empty() for cache in left[0]):
+            return None
+        caches, tokens = left
+        return Kept(tuple(tokens), list(caches))
+
+    def share_step(self, most: int | None) -> None:
+        """Reads no more tokens of a prompt in a step than so many; None reads as many as was said first."""
+        self._generator.prefill_step_size = min(self._prefill_step, most or self._prefill_step)
 
     @property
     def cache_bytes(self) -> int:

@@ -14,8 +14,8 @@ A slow reader costs no unbounded memory: what waits in a ticket are the tokens
 of its row, at most as many as the row may generate, and they are read all at
 once.
 
-If a step fails, nobody can tell what the batch holds. The engine then throws
-the batch away and reads every row again from its tokens, one suspect at a
+If a step fails, nobody can tell what its lane holds. The engine then throws
+the lane away and reads every row again from its tokens, one suspect at a
 time: a row during whose first step the batch fails again and again is the
 culprit, and fails alone.
 """
@@ -38,7 +38,10 @@ from functools import partial
 from typing import Protocol, TypeAlias
 
 from forebay.kit.failure import BackendError, DeadlineExceeded, Draining, Failure, QueueFull
-from forebay.mlx_service.worker.batch import Batch, Generated, Prefilled, top_tokens
+from forebay.mlx_service.worker.batch import Batch, Generated, Kept, Prefilled, top_tokens
+from forebay.mlx_service.worker.lanes import Lanes
+from forebay.mlx_service.worker.memory import KvCost, Ledger, probe
+from forebay.mlx_service.worker.prefix_cache import PrefixCache, PrefixStats, why_not
 from forebay.mlx_service.worker.runtime import leave_thread, mx
 from forebay.mlx_service.worker.sampling import Array, Processor, SamplingParams, processors, sampler
 
@@ -48,11 +51,20 @@ PREFILL_STEPS = (16, 32, 64, 128, 256, 512)
 """Tokens of a prompt that may be read in one step. More than 512 hardly makes reading faster."""
 
 PREFILL_SECONDS = 0.5
-"""How long one such step may take. Rows that write wait for it, and a cancelled row holds its place for it.
+"""How long one such step may take. A cancelled row holds its place for it, and a new one waits for it.
 Small models on Metal read 512 tokens in less; a CPU reads 16 in more."""
+
+SHARED_SECONDS = 0.15
+"""How long it may take while rows write: they wait for it, and a longer gap between words is felt."""
 
 ROW_RETRIES = 2
 """Times a row is read again after steps that failed. A fault that comes back is no accident."""
+
+FREED_BYTES = 2 << 30
+"""Freed memory that mlx may hold for the next step. Unbound, it grows to what the machine has."""
+
+MEASURE_STEPS = 16
+"""Steps between two looks at how much memory is in use."""
 
 IDLE_SECONDS = 1.0
 """Idle time after which freed buffers go back to the system. Shorter would thrash between two requests."""
@@ -91,6 +103,10 @@ class Row:
     """Rows of lower urgency figures go first."""
     deadline: float | None = None
     """When to give up, in seconds of `time.monotonic`."""
+    cache_key: str = ""
+    """Rows share what was read of their prompts only with rows of the same key."""
+    pin: bool = False
+    """Whether what was read of the prompt stays, whatever else comes."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,11 +118,12 @@ class Waiting:
 
 @dataclass(frozen=True, slots=True)
 class Reading:
-    """The row is in the batch, since then, and so much of its prompt was read."""
+    """The row is in the batch, since then, and so much of its prompt was read or found read."""
 
     done: int
     total: int
     since: float
+    cached: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -146,6 +163,20 @@ class EngineStats:
     """Memory that mlx holds in use: weights, caches and temporaries."""
     faults: int
     """Steps that failed."""
+    lanes: tuple[int, ...] = ()
+    """Rows of each lane."""
+    weights_bytes: int = 0
+    """Bytes of the model's weights."""
+    token_bytes: int = 0
+    """Bytes of attention cache that one token of a row takes, as measured."""
+    reserved_bytes: int = 0
+    """Bytes that the rows accepted can come to hold."""
+    ceiling_bytes: int = 0
+    """Bytes that weights and rows may take together; 0 sets no bound."""
+    cache_bytes: int = 0
+    """Bytes of the rows' attention caches, at the last look."""
+    prefix: PrefixStats = field(default_factory=PrefixStats)
+    """The prefix cache."""
 
 
 class Ticket:
@@ -191,6 +222,8 @@ class _Live:
     suspect: bool = False
     faults: int = 0
     since: float = 0.0
+    cached: int = 0
+    skipped: int = 0
 
     @property
     def row(self) -> Row:
@@ -214,6 +247,12 @@ class _Guard:
         return logits
 
 
+def _step_within(seconds: float, took: float) -> int:
+    """The most tokens that can be read in a time, if the fewest took that long."""
+    fits = [step for step in PREFILL_STEPS if took * step / PREFILL_STEPS[0] <= seconds]
+    return max(fits, default=PREFILL_STEPS[0])
+
+
 class Engine:
     """Generates rows together on a thread of its own.
 
@@ -222,15 +261,26 @@ class Engine:
         rows: most rows at once.
         queue_rows: most rows that wait for a place.
         prefill_step: tokens of a prompt read in one step. None measures what the device can do.
+        prefixes: keeps what was read, for prompts that begin the same. None keeps nothing.
+        ceiling: bytes that weights and rows may take together. None sets no bound.
     """
 
     def __init__(
-        self, load: Loader, *, rows: int, queue_rows: int = 64, prefill_step: int | None = None
+        self,
+        load: Loader,
+        *,
+        rows: int,
+        queue_rows: int = 64,
+        prefill_step: int | None = None,
+        prefixes: PrefixCache | None = None,
+        ceiling: int | None = None,
     ) -> None:
         self._load = load
         self._rows = rows
         self._queue_rows = queue_rows
         self._prefill_step = prefill_step
+        self._shared_step = prefill_step
+        self._prefixes = prefixes
         self._commands: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._run, name="mlx-engine", daemon=True)
         self._loop: asyncio.AbstractEventLoop
@@ -242,8 +292,10 @@ class Engine:
         self.vocabulary_size = 0
         """Tokens that the model knows; 0 until it is loaded. It may be more than its tokenizer knows."""
         self._row_seconds = 1.0
+        self._ledger = Ledger(ceiling, rows=rows)
+        self._prefix_room: int | None = None
         # On the engine's thread:
-        self._batch: Batch
+        self._lanes: Lanes
         self._model: object
         self._end_tokens: frozenset[int]
         self._live: dict[int, _Live] = {}
@@ -256,6 +308,8 @@ class Engine:
         self._faults = 0
         self._stepped_at = 0.0
         self._memory_bytes = 0
+        self._cache_bytes = 0
+        self._widths: tuple[int, ...] = ()
 
     # On the event loop
 
@@ -276,20 +330,28 @@ class Engine:
 
         Raises:
             QueueFull: too many rows wait.
+            MemoryExhausted: there is not enough memory for what the row can come to hold.
             Draining: the engine stops.
         """
         if self._stopping or self._ended.done():
             raise Draining("this model's worker is stopping")
         waiting = self._outstanding - self._rows
+        wait = timedelta(
+            seconds=round(min(max(self._row_seconds * (max(0, waiting) + 1) / self._rows, 0.5), 60.0), 1)
+        )
         if waiting >= self._queue_rows:
-            wait = min(max(self._row_seconds * (waiting + 1) / self._rows, 0.5), 60.0)
             raise QueueFull(
                 f"{self._rows} requests run and {waiting} wait; try again later",
                 metadata={"running": str(self._rows), "waiting": str(waiting)},
-                retry_after=timedelta(seconds=round(wait, 1)),
+                retry_after=wait,
             )
-        self._outstanding += 1
         ticket = Ticket(row, self._leave)
+        kept = 0 if self._prefixes is None else self._prefixes.stats.bytes
+        self._ledger.reserve(
+            ticket, len(row.tokens) + row.most, in_use=self._memory_bytes - kept, retry_after=wait
+        )
+        self._prefix_room = self._ledger.room_for_prefixes
+        self._outstanding += 1
         self._commands.put(partial(self._add, ticket))
         return ticket
 
@@ -304,6 +366,13 @@ class Engine:
             last_step_age=max(0.0, age),
             memory_bytes=self._memory_bytes,
             faults=self._faults,
+            lanes=self._widths,
+            weights_bytes=self._ledger.weights,
+            token_bytes=self._ledger.cost.per_token,
+            reserved_bytes=self._ledger.reserved,
+            ceiling_bytes=self._ledger.ceiling or 0,
+            cache_bytes=self._cache_bytes,
+            prefix=PrefixStats() if self._prefixes is None else self._prefixes.stats,
         )
 
     @property
@@ -326,8 +395,17 @@ class Engine:
         self._thread.join(timeout)
 
     def _leave(self, ticket: Ticket) -> None:
-        self._outstanding -= 1
+        self._release(ticket)
         self._commands.put(partial(self._remove, ticket))
+
+    def _release(self, ticket: Ticket) -> None:
+        self._outstanding -= 1
+        self._ledger.release(ticket)
+        self._prefix_room = self._ledger.room_for_prefixes
+
+    def _weigh(self, weights: int, cost: KvCost) -> None:
+        self._ledger.weights, self._ledger.cost = weights, cost
+        self._prefix_room = self._ledger.room_for_prefixes
 
     def _deliver(self, news: list[tuple[Ticket, Happening]]) -> None:
         for ticket, happening in news:
@@ -335,7 +413,7 @@ class Engine:
                 continue
             if isinstance(happening, Over):
                 ticket.is_over = True
-                self._outstanding -= 1
+                self._release(ticket)
                 took = time.monotonic() - ticket.submitted_at
                 self._row_seconds += 0.2 * (took - self._row_seconds)
             ticket.tell(happening)
@@ -374,19 +452,30 @@ class Engine:
         # Every thread begins with the same random state; without this, equal prompts to
         # two workers would get equal "random" replies.
         mx.random.seed(int.from_bytes(os.urandom(7), "little"))
+        if self._ledger.ceiling is not None:
+            mx.set_memory_limit(self._ledger.ceiling)
+        mx.set_cache_limit(FREED_BYTES)
+        before = int(mx.get_active_memory())
         self._model, end_tokens = self._load()
+        self._post(self._weigh, int(mx.get_active_memory()) - before, probe(self._model))
         self._end_tokens = frozenset(end_tokens)
-        self._batch = self._new_batch()
+        if self._prefixes is not None and (reason := why_not(self._model)) is not None:
+            log.info("no prefixes are kept of this model: %s", reason)
+            self._prefixes = None
+        self._lanes = self._new_lanes()
         self._warm_up(2)
         took = self._warm_up(PREFILL_STEPS[0] + 1)
         if self._prefill_step is None:
-            # Measured once: with a step that changes, the low bits and so even greedy replies could differ.
-            fits = [step for step in PREFILL_STEPS if took * step / PREFILL_STEPS[0] <= PREFILL_SECONDS]
-            self._prefill_step = max(fits, default=PREFILL_STEPS[0])
-            self._batch.close()
-            self._batch = self._new_batch()
+            # Measured once: with steps that change all the time, low bits would differ from run to run.
+            self._prefill_step = _step_within(PREFILL_SECONDS, took)
+            self._shared_step = _step_within(SHARED_SECONDS, took)
+            self._lanes.close()
+            self._lanes = self._new_lanes()
         mx.clear_cache()
         self._measure()
+
+    def _new_lanes(self) -> Lanes:
+        return Lanes(self._new_batch, shared_step=self._shared_step)
 
     def _new_batch(self) -> Batch:
         return Batch(
@@ -401,23 +490,23 @@ class Engine:
 
         Returns the seconds of its longest step.
         """
-        uid = self._batch.insert(
+        self._lanes.insert(
             (0,) * count, most=2, sampler=sampler(SamplingParams(temperature=0), position=0), processors=()
         )
         longest = 0.0
         while True:
             began = time.monotonic()
-            _, written = self._batch.step()
+            _, written = self._lanes.step()
             longest = max(longest, time.monotonic() - began)
             if written:
                 self.vocabulary_size = int(written[0].logprobs.shape[-1])
             if any(token.ended for token in written):
-                break
-        self._batch.remove(uid)
-        return longest
+                return longest
 
     def _measure(self) -> None:
         self._memory_bytes = int(mx.get_active_memory())
+        self._widths = tuple(self._lanes.widths)
+        self._cache_bytes = self._lanes.cache_bytes
 
     def _drain(self) -> None:
         """Runs the commands that came. With nothing to generate it sleeps until one does."""
@@ -439,6 +528,8 @@ class Engine:
 
     def _add(self, ticket: Ticket) -> None:
         self._count += 1
+        if self._prefixes is not None:
+            self._prefixes.limit(self._prefix_room)
         heapq.heappush(self._queue, (ticket.row.urgency, self._count, ticket))
 
     def _remove(self, ticket: Ticket) -> None:
@@ -451,8 +542,24 @@ class Engine:
         self._again = deque(live for live in self._again if live.ticket is not ticket)
 
     def _drop(self, uid: int) -> None:
-        del self._live[uid]
-        self._batch.remove(uid)
+        live = self._live.pop(uid)
+        self._keep(live, self._lanes.remove(uid))
+
+    def _keep(self, live: _Live, kept: Kept | None) -> None:
+        """Keeps what a row that left has read, for the next one that begins the same."""
+        if (
+            self._prefixes is None
+            or kept is None
+            or (live.guard is not None and live.guard.error is not None)
+        ):
+            return
+        pin = len(live.row.tokens) - live.row.reply_count if live.row.pin else 0
+        try:
+            self._prefixes.limit(self._prefix_room)
+            self._prefixes.store(live.row.cache_key, kept.tokens, kept.caches, pin=pin)
+        except Exception as error:  # a cache that fails costs time and no reply
+            log.error("the prefix cache failed and is emptied: %s", type(error).__name__, exc_info=error)
+            self._prefixes.clear()
 
     def _stop(self) -> None:
         self._stopped = True
@@ -494,8 +601,14 @@ class Engine:
             if row.constraint is not None:
                 chain.append(row.constraint.processor(prompt_count))
             live.guard = _Guard(chain) if chain else None
-            uid = self._batch.insert(
-                (*row.tokens, *live.written),
+            tokens = (*row.tokens, *live.written)
+            caches, live.skipped = None, 0
+            if self._prefixes is not None and not live.faults:
+                caches, live.skipped = self._prefixes.find(row.cache_key, tokens)
+            uid = self._lanes.insert(
+                tokens,
+                caches=caches,
+                cached=live.skipped,
                 most=row.most - len(live.written),
                 sampler=sampler(row.sampling, position=row.reply_count + len(live.written)),
                 processors=[live.guard] if live.guard else [],
@@ -506,16 +619,19 @@ class Engine:
         live.since = time.monotonic()
         self._live[uid] = live
         if not live.written:
-            self._tell(live.ticket, Reading(0, len(row.tokens), live.since))
+            live.cached = live.skipped
+            self._tell(live.ticket, Reading(live.cached, len(row.tokens), live.since, live.cached))
 
     def _step(self) -> None:
         try:
-            read, written = self._batch.step()
+            read, written = self._lanes.step()
         except Exception as error:  # noqa: BLE001  # a fault of one row or of mlx must not end the others
             self._recover(error)
             return
         now = self._stepped_at = time.monotonic()
         self._steps += 1
+        if self._steps % MEASURE_STEPS == 0:
+            self._measure()
         for progress in read:
             self._on_read(progress)
         for token in written:
@@ -528,7 +644,8 @@ class Engine:
     def _on_read(self, progress: Prefilled) -> None:
         live = self._live.get(progress.uid)
         if live is not None and not live.written:
-            self._tell(live.ticket, Reading(progress.done, progress.total, live.since))
+            done, total = progress.done + live.skipped, progress.total + live.skipped
+            self._tell(live.ticket, Reading(done, total, live.since, live.cached))
 
     def _on_written(self, generated: Generated, now: float) -> None:
         live = self._live.get(generated.uid)
@@ -546,19 +663,18 @@ class Engine:
         if generated.ended is not None:
             del self._live[generated.uid]
             self._tell(live.ticket, Over(generated.ended))
+            self._flush()  # the reply is whole: nobody waits for what is kept of it
+            self._keep(live, generated.kept)
             self._measure()
 
     def _recover(self, error: Exception) -> None:
-        """Throws the batch away and reads its rows again: see the module's text."""
+        """Throws the lane away whose step failed and reads its rows again: see the module's text."""
         self._faults += 1
         log.error("a step failed: %s", type(error).__name__, exc_info=error)
-        rows = list(self._live.values())
+        rows = [self._live.pop(uid) for uid in self._lanes.broken()]
         blamed = [live for live in rows if live.suspect] or rows
-        self._live.clear()
-        self._batch.close()
         gc.collect()
         mx.clear_cache()
-        self._batch = self._new_batch()
         for live in blamed:
             live.faults += 1
         # Those blamed go last, so that the others are writing again before the culprit is tried.
@@ -606,9 +722,10 @@ class Engine:
         self._again.clear()
         self._queue.clear()
         self._flush()
-        if hasattr(self, "_batch"):
-            self._batch.close()
-            del self._batch
+        if self._prefixes is not None:
+            self._prefixes.clear()
+        if hasattr(self, "_lanes"):
+            self._lanes.close()
         if hasattr(self, "_model"):
             del self._model
         self._post(self._finish, self._loaded, error)

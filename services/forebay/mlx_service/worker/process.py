@@ -18,6 +18,8 @@ from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
 from typing import cast
 
+import psutil
+
 from forebay.kit import logs, metrics, process, telemetry
 from forebay.kit.config import ConfigError, ServerSettings, load
 from forebay.kit.engine import InferenceEngine
@@ -33,6 +35,8 @@ from forebay.mlx_service.worker.embedding.texts import Texts
 from forebay.mlx_service.worker.engine import Engine, EngineStats
 from forebay.mlx_service.worker.grammar import Grammars
 from forebay.mlx_service.worker.load import load_weights
+from forebay.mlx_service.worker.memory import default_ceiling, metal_memory
+from forebay.mlx_service.worker.prefix_cache import PrefixCache
 from forebay.mlx_service.worker.runtime import leave_thread
 from forebay.mlx_service.worker.service import Served, WorkerService
 from forebay.mlx_service.worker.words import Words
@@ -114,11 +118,18 @@ async def _serve(options: argparse.Namespace, settings: ServerSettings, tracing:
 def _chat(options: argparse.Namespace, facts: ModelFacts) -> tuple[InferenceEngine, Engine, Words]:
     """Puts together what generates text."""
     path: Path = options.model
+    ceiling = options.memory_ceiling or default_ceiling(psutil.virtual_memory().total, metal_memory())
+    if facts.disk_bytes > ceiling:
+        raise ModelLoadFailed(
+            f"{path.name}: its weights take {facts.disk_bytes} bytes and memory_ceiling is {ceiling}"
+        )
     words = Words(path)
     engine = Engine(
         lambda: (load_weights(path), words.language.end_tokens),
         rows=options.max_rows,
         queue_rows=options.queue,
+        prefixes=PrefixCache(max_bytes=options.prefix_cache) if options.prefix_cache else None,
+        ceiling=ceiling,
     )
     served = Served(
         model_id=options.model_id,
@@ -127,6 +138,7 @@ def _chat(options: argparse.Namespace, facts: ModelFacts) -> tuple[InferenceEngi
         context_token_count=_context(facts.context_token_count, options.context),
         default_max_tokens=options.default_max_tokens,
         rows=options.max_rows,
+        isolates_callers=options.isolate_callers,
     )
     return WorkerService(served, engine, words, Grammars(words)), engine, words
 
@@ -251,6 +263,15 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--context", type=int, help="most tokens of prompt and reply together")
     parser.add_argument(
         "--default-max-tokens", type=int, default=4096, help="most tokens of a reply that sets no limit"
+    )
+    parser.add_argument(
+        "--prefix-cache", type=int, default=0, help="bytes for what was read of prompts; 0 keeps nothing"
+    )
+    parser.add_argument(
+        "--memory-ceiling", type=int, help="bytes that weights and requests may take; else by the machine's"
+    )
+    parser.add_argument(
+        "--isolate-callers", action="store_true", help="keep each caller's prompts apart in the prefix cache"
     )
     parser.add_argument("--parent-pid", type=int, help="process whose end ends this one")
     parser.add_argument("--config", type=Path, help="configuration file, for [log] and [telemetry]")

@@ -41,6 +41,9 @@ log = logging.getLogger(__name__)
 DEFAULT_TEMPERATURE = 0.7
 """Temperature of a request that names none: what most chat models are tuned around."""
 
+PIN_OPTION = "pin_prompt"
+"""Option in `backend_options[mlx]`: keeps the prompt in the prefix cache until the model leaves memory."""
+
 LONG_PROMPT = 64
 """Tokens from which reading a prompt may take so long that people want to see progress."""
 
@@ -61,6 +64,8 @@ class Served:
     """Most tokens of a reply that sets no limit."""
     rows: int
     """Requests served at once."""
+    isolates_callers: bool = False
+    """Whether each caller's prompts are kept apart in the prefix cache."""
 
     @property
     def weights(self) -> pb.WeightIdentity:
@@ -228,12 +233,24 @@ class WorkerService:
             top_logprobs=request.logprobs.top_logprob_count if request.HasField("logprobs") else None,
             urgency=int(call.urgency),
             deadline=call.deadline,  # the loop's clock is time.monotonic, as the engine's is
+            cache_key=self._cache_key(call),
+            pin=_flag(request, PIN_OPTION),
         )
         return _Plan(row, prompt, tools, shortfalls.found)
 
+    def _cache_key(self, call: Call[pb.GenerateRequest]) -> str:
+        """Whom a prompt's beginnings are shared with: calls of the same weights and, maybe, caller alone."""
+        caller = call.caller if self._served.isolates_callers else ""
+        return "\0".join((self._served.facts.digest, "", caller))  # the empty part is for an adapter
+
     def _check_options(self, request: pb.GenerateRequest) -> None:
-        unknown = sorted(request.backend_options["mlx"].fields) if "mlx" in request.backend_options else []
-        violations = [(f"backend_options[mlx].{name}", "there is no such option") for name in unknown]
+        options = request.backend_options["mlx"].fields if "mlx" in request.backend_options else {}
+        violations = [
+            (f"backend_options[mlx].{name}", "there is no such option")
+            for name in sorted(set(options) - {PIN_OPTION})
+        ]
+        if PIN_OPTION in options and options[PIN_OPTION].WhichOneof("kind") != "bool_value":
+            violations.append((f"backend_options[mlx].{PIN_OPTION}", "must be true or false"))
         vocabulary = self._engine.vocabulary_size
         violations += [
             (f"sampling.logit_bias[{token}]", f"the model's vocabulary has {vocabulary} tokens")
@@ -417,6 +434,7 @@ class _Reply:
             for token in request.continue_from.token_ids:
                 self._splitter.feed(self._stream.add(token))
         self._pending = _Pending()
+        self._cached_count = 0
         self._output_count = 0
         self._reasoning_count = 0
         self._calls = 0
@@ -502,6 +520,7 @@ class _Reply:
         else:
             if self._admitted is None:
                 self._admitted = happening.since
+            self._cached_count = happening.cached
             if happening.total <= LONG_PROMPT:
                 return
             progress = pb.Progress(
@@ -578,6 +597,7 @@ class _Reply:
             stop_sequence=self._splitter.stopped or "",
             usage=pb.Usage(
                 prompt_token_count=self._prompt_count,
+                cached_token_count=self._cached_count,
                 output_token_count=self._output_count,
                 reasoning_token_count=self._reasoning_count,
             ),
@@ -590,6 +610,13 @@ class _Reply:
             timings.first_delta_duration.FromTimedelta(_seconds(self._first_delta - self._began))
             timings.generation_duration.FromTimedelta(_seconds(self._last_delta - self._first_delta))
         await send(pb.GenerateResponse(finished=finished))
+
+
+def _flag(request: pb.GenerateRequest, name: str) -> bool:
+    """An option of this backend, which has been checked to be a flag."""
+    if "mlx" not in request.backend_options or name not in request.backend_options["mlx"].fields:
+        return False
+    return request.backend_options["mlx"].fields[name].bool_value
 
 
 def _seconds(value: float) -> timedelta:

@@ -1,0 +1,170 @@
+"""Holds a finished reply against what was asked, before the caller is told that it is complete.
+
+A framework that is asked for JSON may ignore that, and one whose context is too
+small may leave out half of the prompt; both say that all went well. Capabilities
+tell what a backend claims, and this what it did.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from jsonschema import exceptions, validators
+from referencing import Registry
+from referencing.exceptions import Unresolvable
+
+from forebay.inference.v1 import inference_pb2 as pb
+from forebay.kit.failure import FormatViolated, InvalidRequest, PromptTruncated
+from forebay.kit.pipeline import Call, Event, Request, Send, Service
+from forebay.orchestrator.routing.classify import classify
+
+_FIELD = "output_format.json_schema"
+
+Fault = Callable[[object], str]
+"""Returns the keyword of a schema that a value violates, or an empty string."""
+
+
+class Verify:
+    """Refuses to call a reply complete that is not what was asked for.
+
+    Args:
+        inner: serves the call.
+    """
+
+    def __init__(self, inner: Service) -> None:
+        self._inner = inner
+
+    async def __call__(self, call: Call[Request], send: Send) -> None:
+        """Serves a call.
+
+        Raises:
+            InvalidRequest: the JSON Schema is none.
+            FormatViolated: the reply is not the JSON that was asked for.
+            PromptTruncated: fewer prompt tokens were read than the prompt has at the very least.
+        """
+        request = call.request
+        if not isinstance(request, pb.GenerateRequest):
+            await self._inner(call, send)
+            return
+        check = _Check(request, send)
+        await self._inner(call, check)
+        await check.end()
+
+
+class _Check:
+    """A `Send` that follows a reply, and keeps its end back until it was looked at.
+
+    It is looked at when the layers below are done: raised in the middle of them, a failure of ours would pass
+    for a broken stream, and be tried again.
+    """
+
+    def __init__(self, request: pb.GenerateRequest, send: Send) -> None:
+        accepted = request.accepted_degradations
+        self._send = send
+        self._least_tokens = 0
+        if pb.DEGRADATION_KIND_PROMPT_TRUNCATED not in accepted:
+            self._least_tokens = classify(request).least_tokens
+        self._fault: Fault | None = None
+        if pb.DEGRADATION_KIND_FORMAT_NOT_ENFORCED not in accepted:
+            self._fault = _fault_of(request.output_format)
+        self._text = [request.continue_from.text]
+        self._backend = ""
+        self._finished: pb.GenerateResponse | None = None
+
+    async def __call__(self, event: Event) -> None:
+        if isinstance(event, pb.GenerateResponse):
+            match event.WhichOneof("event"):
+                case "started":
+                    self._backend = event.started.backend
+                case "continued":
+                    self._backend = event.continued.backend
+                case "delta":
+                    if self._fault is not None and event.delta.text:
+                        self._text.append(event.delta.text)
+                case "finished":
+                    self._finished = event
+                    return
+        await self._send(event)
+
+    async def end(self) -> None:
+        """Sends the end of the reply, if it deserves that."""
+        if self._finished is not None:
+            self._check(self._finished.finished)
+            await self._send(self._finished)
+
+    def _check(self, finished: pb.Finished) -> None:
+        read = finished.usage.prompt_token_count
+        if 0 < read < self._least_tokens:
+            raise PromptTruncated(
+                f"backend {self._backend} read {read} tokens of a prompt that has at least "
+                f"{self._least_tokens}; load the model with a larger context",
+                metadata={
+                    "backend": self._backend,
+                    "prompt_token_count": str(read),
+                    "least_token_count": str(self._least_tokens),
+                },
+            )
+        # A reply that was cut by a limit or turned into tool calls says so itself.
+        if self._fault is None or finished.reason != pb.FINISH_REASON_STOP:
+            return
+        try:
+            keyword = self._fault(json.loads("".join(self._text)))
+        except ValueError:
+            keyword = "json"
+        except RecursionError:
+            keyword = "depth"
+        if keyword:
+            # Neither the value nor its path is named: both are text of the answer.
+            raise FormatViolated(
+                f"the reply of backend {self._backend} violates {keyword!r} of the format that was asked for",
+                metadata={"backend": self._backend, "keyword": keyword},
+            )
+
+
+def _fault_of(output_format: pb.OutputFormat) -> Fault | None:
+    """Returns what finds the fault of a JSON value, or None if no JSON is asked for.
+
+    Raises:
+        InvalidRequest: the schema is none.
+    """
+    kind = output_format.WhichOneof("constraint")
+    if kind == "any_json" and output_format.any_json:
+        return lambda value: ""
+    if kind != "json_schema":
+        return None
+    try:
+        schema = json.loads(output_format.json_schema)
+    except ValueError as error:
+        raise _invalid("must be JSON") from error
+    kind_of_schema = validators.validator_for(schema, default=validators.validator_for({}))
+    try:
+        kind_of_schema.check_schema(schema)
+    except exceptions.SchemaError as error:
+        raise _invalid(f"is no JSON Schema: see its {error.validator!r}") from error
+    if "patternProperties" in output_format.json_schema:
+        return lambda value: ""  # which properties are allowed depends on regular expressions
+    # An empty registry, for by default a reference to a URL would be fetched from the network.
+    lenient = validators.extend(  # type: ignore[no-untyped-call]  # the stubs leave it out
+        kind_of_schema, {"pattern": _let_pass}
+    )
+    validator = lenient(schema, registry=Registry())
+
+    def fault(value: object) -> str:
+        try:
+            error = next(validator.iter_errors(value), None)
+        except Unresolvable:
+            return "$ref"
+        return "" if error is None else str(error.validator)
+
+    return fault
+
+
+def _let_pass(validator: Any, pattern: Any, instance: Any, schema: Any) -> Iterator[Any]:  # jsonschema's
+    """Leaves regular expressions to the backend: dialects differ, and a bad one can take for ever."""
+    return iter(())
+
+
+def _invalid(text: str) -> InvalidRequest:
+    return InvalidRequest(f"{_FIELD}: {text}", violations=[(_FIELD, text)])
