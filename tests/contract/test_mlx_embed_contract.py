@@ -71,27 +71,20 @@ def address(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
         assert process.wait(30) == 0
 
 
-class TestMlxServiceWithEmbeddings(ContractSuite):
+class TestMlxServiceWithEmbeddings:
+    """What the contract says of embeddings. The rest of it is checked over a worker, and takes long."""
+
+    peer = ContractSuite.peer
+    embedding_model = staticmethod(ContractSuite.embedding_model)
+    test_texts_are_embedded_in_order = ContractSuite.test_texts_are_embedded_in_order
+    test_nothing_to_embed_is_refused_by_field = ContractSuite.test_nothing_to_embed_is_refused_by_field
+    test_embedding_with_an_unknown_model_is_not_found = (
+        ContractSuite.test_embedding_with_an_unknown_model_is_not_found
+    )
+
     @pytest.fixture
     def target(self, address: str) -> Target:
-        return Target(
-            address=address,
-            model="tiny",
-            embedding_model="embedder",
-            backend="mlx",
-            capabilities=frozenset(
-                {
-                    pb.CAPABILITY_JSON_SCHEMA,
-                    pb.CAPABILITY_GRAMMAR,
-                    pb.CAPABILITY_SEED,
-                    pb.CAPABILITY_LOGPROBS,
-                    pb.CAPABILITY_CONTINUE,
-                    pb.CAPABILITY_COUNT_TOKENS,
-                    pb.CAPABILITY_TOKEN_IDS,
-                }
-            ),
-            context_token_count=CONTEXT,
-        )
+        return Target(address=address, model="tiny", embedding_model="embedder", backend="mlx")
 
 
 async def models_of(peer: Client) -> dict[str, pb.Model]:
@@ -112,7 +105,7 @@ async def test_a_model_is_not_loaded_for_what_it_cannot_do(tmp_path):
             "CAPABILITY_UNSUPPORTED",
         )
         with pytest.raises(CallError) as caught:
-            await peer.generate(TestMlxServiceWithEmbeddings.ask(Target(address="", model="embedder")))
+            await peer.generate(ContractSuite.ask(Target(address="", model="embedder")))
         assert caught.value.reason == "CAPABILITY_UNSUPPORTED"
         found = await models_of(peer)
         assert {model.state for model in found.values()} == {pb.Model.STATE_AVAILABLE}

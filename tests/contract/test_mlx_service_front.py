@@ -23,6 +23,7 @@ import grpc.aio
 import psutil
 import pytest
 
+import tiny_encoders
 import tiny_models
 from forebay.inference.v1 import inference_pb2 as pb
 from forebay.inference.v1 import inference_pb2_grpc as rpc
@@ -187,7 +188,8 @@ async def test_unary_calls_load_the_model_too(tmp_path):
         counted = await rig.stub.CountTokens(pb.CountTokensRequest(model="m", messages=ask().messages))
         assert counted.token_count > 0
         assert (counted.backend, counted.model) == ("mlx", "m")
-        embedded = await rig.stub.Embed(pb.EmbedRequest(model="m", texts=["river"]))
+        tiny_encoders.build(rig.models / "embedder")
+        embedded = await rig.stub.Embed(pb.EmbedRequest(model="embedder", texts=["river"]))
         assert len(embedded.embeddings) == 1
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -24,17 +23,10 @@ if requirements.missing():
 
 from forebay.mlx_service.worker.embedding.load import load_embedder
 from forebay.mlx_service.worker.embedding.pooling import pool
-from forebay.mlx_service.worker.runtime import leave_thread, load_model, mx
+from forebay.mlx_service.worker.runtime import load_model, mx
 from mlx_embed_rig import rig
 
 pytestmark = pytest.mark.mlx
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _leave() -> Iterator[None]:
-    """Gives back what the tests' own thread holds of mlx: else the run ends with an abort."""
-    yield
-    leave_thread()
 
 
 IDS = [[2, 5, 6, 7, 8, 14, 3], [2, 3], [2, 9, 10, 17, 3]]

@@ -93,7 +93,12 @@ async def _serve(options: argparse.Namespace, settings: ServerSettings, tracing:
         facts = describe(path)
     except NotAModelError as error:
         raise ModelLoadFailed(str(error)) from error
-    service, engine, words = _embedding(options, facts) if facts.recipe else _chat(options, facts)
+    ceiling = options.memory_ceiling or default_ceiling(psutil.virtual_memory().total, metal_memory())
+    if facts.disk_bytes > ceiling:
+        raise ModelLoadFailed(
+            f"{path.name}: its weights take {facts.disk_bytes} bytes and memory_ceiling is {ceiling}"
+        )
+    service, engine, words = _embedding(options, facts) if facts.recipe else _chat(options, facts, ceiling)
     _show(engine, options.model_id, tracing.metrics)
     async with process.stop_requests() as stopped:
         async with serving(settings, inference=service, telemetry=tracing) as up:
@@ -115,14 +120,11 @@ async def _serve(options: argparse.Namespace, settings: ServerSettings, tracing:
     return code
 
 
-def _chat(options: argparse.Namespace, facts: ModelFacts) -> tuple[InferenceEngine, Engine, Words]:
+def _chat(
+    options: argparse.Namespace, facts: ModelFacts, ceiling: int
+) -> tuple[InferenceEngine, Engine, Words]:
     """Puts together what generates text."""
     path: Path = options.model
-    ceiling = options.memory_ceiling or default_ceiling(psutil.virtual_memory().total, metal_memory())
-    if facts.disk_bytes > ceiling:
-        raise ModelLoadFailed(
-            f"{path.name}: its weights take {facts.disk_bytes} bytes and memory_ceiling is {ceiling}"
-        )
     words = Words(path)
     engine = Engine(
         lambda: (load_weights(path), words.language.end_tokens),
