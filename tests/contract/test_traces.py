@@ -229,9 +229,11 @@ def says_nothing_of(spans: list[Span], *texts: str) -> None:
 
 async def killed_in_the_middle(peer: Client, request: pb.GenerateRequest, service: psutil.Process) -> None:
     (worker,) = [each for each in service.children(recursive=True) if "worker" in " ".join(each.cmdline())]
+    killed = False
     async with peer.stream(request) as stream:
         async for event in stream:
-            if event.HasField("delta"):
+            if event.HasField("delta") and not killed:
+                killed = True  # more deltas may be on their way already
                 worker.kill()
 
 
