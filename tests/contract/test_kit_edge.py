@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import hashlib
 import logging
 import stat
@@ -30,7 +31,7 @@ from forebay.kit import rpc
 from forebay.kit.channel import connect
 from forebay.kit.config import ServerSettings
 from forebay.kit.engine import SendLoad, SendPull
-from forebay.kit.failure import CallerLeft, ContextExceeded, ModelNotFound, QueueFull
+from forebay.kit.failure import BackendError, CallerLeft, ContextExceeded, Failure, ModelNotFound, QueueFull
 from forebay.kit.pipeline import Call, Send
 from forebay.kit.server import Serving, StartError, serving
 from forebay.kit.telemetry import Telemetry
@@ -370,6 +371,66 @@ async def test_health_is_told_for_every_service_and_watched() -> None:
         await up.set_ready(False, "the engine is gone")
         assert (await watch.read()).status == health_pb2.HealthCheckResponse.NOT_SERVING
         watch.cancel()
+
+
+async def health_of(channel: grpc.aio.Channel, service: str) -> bool:
+    stub = health_pb2_grpc.HealthStub(channel)
+    answer = await stub.Check(health_pb2.HealthCheckRequest(service=service))
+    return answer.status == health_pb2.HealthCheckResponse.SERVING
+
+
+async def test_busy_is_told_apart_while_a_call_waits_for_its_turn() -> None:
+    go = asyncio.Event()
+
+    async def queued(call: Call[pb.GenerateRequest], send: Send) -> None:
+        waiting = pb.Progress(stage=pb.Progress.STAGE_QUEUED)
+        await send(pb.GenerateResponse(progress=waiting))
+        await go.wait()
+        await three(call, send)
+
+    async with mesh(Engine(queued)) as (_, stub, channel):
+        assert await health_of(channel, "forebay.capacity")
+        first, second = stub.Generate(ask()), stub.Generate(ask())
+        await first.read()
+        await second.read()
+        assert not await health_of(channel, "forebay.capacity")
+        assert await health_of(channel, "")  # busy is not down
+        second.cancel()
+        go.set()
+        assert [bool(await first.read()) for _ in range(4)] == [True, True, True, False]
+        async with asyncio.timeout(2):
+            while not await health_of(channel, "forebay.capacity"):
+                await asyncio.sleep(0.01)
+
+
+async def test_degraded_is_told_apart_while_calls_fail_through_the_services_fault() -> None:
+    fault: Failure | None = BackendError("the framework failed inside")
+
+    async def fails(call: Call[pb.GenerateRequest], send: Send) -> None:
+        if fault is not None:
+            raise fault
+        await three(call, send)
+
+    async def call(stub: inference_pb2_grpc.InferenceServiceAsyncStub) -> None:
+        with contextlib.suppress(grpc.aio.AioRpcError):
+            await stub.Generate(ask()).read()
+
+    async with mesh(Engine(fails)) as (up, stub, channel):
+        for _ in range(4):
+            await call(stub)
+        assert await health_of(channel, "forebay.quality")
+        await call(stub)
+        assert not await health_of(channel, "forebay.quality")
+        assert await health_of(channel, "")  # degraded is not down
+        fault = ContextExceeded("the caller's own fault")
+        for _ in range(9):
+            await call(stub)
+        assert not await health_of(channel, "forebay.quality")
+        fault = None
+        for _ in range(6):
+            assert len([event async for event in stub.Generate(ask())]) == 3
+        assert await up.inflight.wait_idle(1)
+        assert await health_of(channel, "forebay.quality")
 
 
 async def test_reflection_lists_the_services() -> None:

@@ -10,10 +10,11 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import itertools
 import logging
 import time
 import uuid
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from typing import Any, TypeVar, cast
 
@@ -28,12 +29,14 @@ from forebay.inference.v1 import inference_pb2 as pb
 from forebay.inference.v1 import inference_pb2_grpc
 from forebay.kit import genai, metrics, spans, validation
 from forebay.kit import telemetry as kit_telemetry
+from forebay.kit.condition import Condition
 from forebay.kit.engine import InferenceEngine, ModelEngine
 from forebay.kit.failure import (
     CallerLeft,
     DeadlineExceeded,
     Draining,
     Failure,
+    Fault,
     Internal,
     InvalidRequest,
 )
@@ -118,6 +121,11 @@ class Edge:
 
     def __init__(self, inflight: InFlight, telemetry: Telemetry | None = None) -> None:
         self.inflight = inflight
+        self.condition = Condition()
+        self.on_condition: Callable[[], Awaitable[None]] | None = None
+        """Told when the condition has changed."""
+        self._told = (False, False)
+        self._calls = itertools.count()
         self.telemetry = telemetry or kit_telemetry.off()
         self.telemetry.metrics.observe(metrics.ACTIVE, lambda: [(inflight.count, {})])
 
@@ -192,6 +200,35 @@ class Edge:
             if counted:
                 self.inflight.leave()
 
+    @asynccontextmanager
+    async def judged(self) -> AsyncIterator[Callable[[bool], Awaitable[None]]]:
+        """Takes a call into the condition; gives what is to be told whether it waits for its turn."""
+        call = next(self._calls)
+
+        async def waits(is_waiting: bool) -> None:
+            if is_waiting:
+                self.condition.wait(call)
+            else:
+                self.condition.go_on(call)
+            await self._tell()
+
+        try:
+            yield waits
+            self.condition.end(failed=False)
+        except Failure as failure:
+            if failure.fault is Fault.BACKEND:
+                self.condition.end(failed=True)
+            raise
+        finally:
+            await waits(False)
+
+    async def _tell(self) -> None:
+        now = (self.condition.is_busy, self.condition.is_degraded)
+        if now != self._told:
+            self._told = now
+            if self.on_condition is not None:
+                await self.on_condition()
+
 
 class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
     """Serves an engine as `forebay.inference.v1.InferenceService`.
@@ -212,22 +249,30 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
     ) -> None:
         """Streams a reply."""
         sequence = 0
+        is_waiting = False
 
         async def send(event: Event) -> None:
-            nonlocal sequence
+            nonlocal sequence, is_waiting
             numbered = cast("pb.GenerateResponse", event)
             numbered.sequence = sequence
             sequence += 1
+            queued = numbered.progress.stage == pb.Progress.STAGE_QUEUED
+            if queued != is_waiting:
+                is_waiting = queued
+                await waits(queued)
             await write(context, numbered)
 
-        async with self._edge.serve(context, f"{INFERENCE_SERVICE}/Generate") as span:
+        async with (
+            self._edge.serve(context, f"{INFERENCE_SERVICE}/Generate") as span,
+            self._edge.judged() as waits,
+        ):
             call = self._call(request, context, span)
             with genai.served(self._edge.telemetry, span, cast("Call[Request]", call), send) as watched:
                 await self._engine.generate(call, watched)
 
     async def Embed(self, request: pb.EmbedRequest, context: Context) -> pb.EmbedResponse:
         """Embeds a batch of texts."""
-        async with self._edge.serve(context, f"{INFERENCE_SERVICE}/Embed") as span:
+        async with self._edge.serve(context, f"{INFERENCE_SERVICE}/Embed") as span, self._edge.judged():
             call = self._call(request, context, span)
             with genai.served(self._edge.telemetry, span, cast("Call[Request]", call)) as watched:
                 answer = await self._engine.embed(call)

@@ -17,6 +17,7 @@ from forebay.inference.v1 import inference_pb2_grpc
 from forebay.kit import ports
 from forebay.kit.auth import TokenGuard
 from forebay.kit.channel import SERVER_OPTIONS
+from forebay.kit.condition import CAPACITY, QUALITY
 from forebay.kit.config import ServerSettings
 from forebay.kit.engine import InferenceEngine, ModelEngine
 from forebay.kit.rpc import INFERENCE_SERVICE, MODEL_SERVICE, Edge, InferenceServicer, InFlight, ModelServicer
@@ -62,6 +63,17 @@ class Serving:
         self._settings = settings
         self._health = health_servicer
         self._stopped = False
+        self._edge = edge
+        edge.on_condition = self.tell_condition
+
+    async def tell_condition(self) -> None:
+        """Says whether the service is busy, and whether it is degraded, under names of their own."""
+        condition = self._edge.condition
+        for name, is_good in (
+            (CAPACITY, not condition.is_busy),
+            (QUALITY, not condition.is_degraded),
+        ):
+            await self._say(name, is_good)
 
     async def set_ready(self, ready: bool, detail: str = "") -> None:
         """Says SERVING or NOT_SERVING for every service, to all who watch.
@@ -72,14 +84,13 @@ class Serving:
         """
         if self._stopped:
             return
-        state = (
-            health_pb2.HealthCheckResponse.SERVING if ready else health_pb2.HealthCheckResponse.NOT_SERVING
-        )
-        logger.info(
-            "%s%s", health_pb2.HealthCheckResponse.ServingStatus.Name(state), detail and f": {detail}"
-        )
+        logger.info("%s%s", "SERVING" if ready else "NOT_SERVING", detail and f": {detail}")
         for name in self._names:
-            await self._health.set(name, state)
+            await self._say(name, ready)
+
+    async def _say(self, name: str, is_good: bool) -> None:
+        good, bad = health_pb2.HealthCheckResponse.SERVING, health_pb2.HealthCheckResponse.NOT_SERVING
+        await self._health.set(name, good if is_good else bad)
 
     async def drain(self) -> None:
         """Stops: says so, gives callers notice, lets calls in progress end, then closes.
@@ -151,6 +162,7 @@ async def serving(
     up = Serving(
         server, address=address, edge=edge, names=names, settings=settings, health_servicer=health_servicer
     )
+    await up.tell_condition()
     try:
         yield up
     finally:
