@@ -12,7 +12,7 @@ PROTOS := $(shell cd protos 2>/dev/null && find forebay -name '*.proto' | sort)
 CODE := protos/forebay services/forebay orchestrator/forebay
 CHECKED := services/forebay orchestrator/forebay
 # Most tests wait for processes and clocks rather than compute. Files stay whole, for their fixtures.
-JOBS ?= 2
+JOBS ?= 4
 PYTEST := $(BIN)/python -m pytest
 
 .PHONY: help run demo test unit contract e2e lint format protos bench live soak llama-server lock clean compose-up compose-down compose-image

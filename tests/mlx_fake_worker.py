@@ -71,6 +71,9 @@ def main() -> int:
     parser.add_argument("--max-rows", type=int, default=8)
     parser.add_argument("--context", type=int)
     parser.add_argument("--default-max-tokens", type=int)
+    parser.add_argument("--prefix-cache", type=int)
+    parser.add_argument("--memory-ceiling", type=int)
+    parser.add_argument("--isolate-callers", action="store_true")
     arguments = parser.parse_args()
     with (arguments.model / "starts").open("a") as starts:
         starts.write(f"{os.getpid()}\n")

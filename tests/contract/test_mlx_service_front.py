@@ -618,8 +618,19 @@ def test_with_mlx_the_program_serves(monkeypatch):
 
 
 def test_workers_are_told_what_is_configured():
-    settings = MlxSettings.model_validate({"max_rows": 3, "default_max_output_token_count": 99})
-    assert worker_arguments(settings) == ["--max-rows", "3", "--default-max-tokens", "99"]
+    settings = MlxSettings.model_validate(
+        {
+            "max_rows": 3,
+            "default_max_output_token_count": 99,
+            "prefix_cache_bytes": 7,
+            "memory_ceiling": 8,
+            "auth_token_digests": ["0" * 64],
+        }
+    )
+    expected = "--max-rows 3 --prefix-cache 7 --memory-ceiling 8 --isolate-callers --default-max-tokens 99"
+    assert worker_arguments(settings) == expected.split()
+    plain = MlxSettings.model_validate({"prefix_cache_bytes": 0})
+    assert worker_arguments(plain) == ["--max-rows", "8", "--prefix-cache", "0"]
 
 
 def test_a_socket_path_that_is_too_long_moves_to_a_shorter_folder(tmp_path, monkeypatch):
