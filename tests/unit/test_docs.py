@@ -47,3 +47,16 @@ def test_every_make_target_in_the_pages_exists() -> None:
     for page in PAGES:
         for name in re.findall(r"(?:^|`)make ([a-z-]+)", page.read_text(), re.MULTILINE):
             assert name in names, f"{page.name} names make {name}"
+
+
+def test_the_stack_tables_have_a_row_for_every_layer() -> None:
+    stack = (docs.ROOT / "orchestrator/forebay/orchestrator/stack.py").read_text()
+    page = (docs.ROOT / "docs/architecture.md").read_text()
+    layers = set(
+        re.findall(r"(?:lambda inner: |return |^        )([A-Z][a-z]+)(?:\(|,$)", stack, re.MULTILINE)
+    )
+    layers |= set(re.findall(r"= ([A-Z][a-z]+)\(inner", stack)) | set(
+        re.findall(r"around=([A-Z][a-z]+)\(", stack)
+    )
+    assert {"Account", "Verify", "Limit", "Span", "Route", "Watchdog"} <= layers
+    assert [name for name in sorted(layers) if f"| `{name}` |" not in page] == []
