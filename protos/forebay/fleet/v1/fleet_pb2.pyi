@@ -331,6 +331,9 @@ class Backend(google.protobuf.message.Message):
     SUCCEEDED_CALL_COUNT_FIELD_NUMBER: builtins.int
     FAILED_CALL_COUNT_FIELD_NUMBER: builtins.int
     BREAKERS_FIELD_NUMBER: builtins.int
+    MEMORY_FIELD_NUMBER: builtins.int
+    PERFORMANCE_FIELD_NUMBER: builtins.int
+    SHARE_FIELD_NUMBER: builtins.int
     name: builtins.str
     """The backend's name."""
     framework: builtins.str
@@ -353,6 +356,10 @@ class Backend(google.protobuf.message.Message):
     """Calls that ended well since the orchestrator started."""
     failed_call_count: builtins.int
     """Calls that failed through the backend's fault since the orchestrator started."""
+    share: builtins.float
+    """Part of its full share of requests that it gets now, in (0.0, 1.0]. Less
+    than 1.0 while it returns after an ejection. 0 is not known.
+    """
     @property
     def state_change_time(self) -> google.protobuf.timestamp_pb2.Timestamp:
         """When `state` last changed."""
@@ -368,6 +375,14 @@ class Backend(google.protobuf.message.Message):
     @property
     def breakers(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[Global___Breaker]:
         """Breakers of this backend that are not closed."""
+
+    @property
+    def memory(self) -> forebay.inference.v1.inference_pb2.Memory:
+        """Memory its models share. Unset is unknown."""
+
+    @property
+    def performance(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[Global___Performance]:
+        """What was measured of it lately, by model."""
 
     def __init__(
         self,
@@ -387,11 +402,96 @@ class Backend(google.protobuf.message.Message):
         succeeded_call_count: builtins.int = ...,
         failed_call_count: builtins.int = ...,
         breakers: collections.abc.Iterable[Global___Breaker] | None = ...,
+        memory: forebay.inference.v1.inference_pb2.Memory | None = ...,
+        performance: collections.abc.Iterable[Global___Performance] | None = ...,
+        share: builtins.float = ...,
     ) -> None: ...
-    def HasField(self, field_name: typing.Literal["first_delta_duration", b"first_delta_duration", "state_change_time", b"state_change_time"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["active_call_count", b"active_call_count", "address", b"address", "breakers", b"breakers", "detail", b"detail", "failed_call_count", b"failed_call_count", "first_delta_duration", b"first_delta_duration", "framework", b"framework", "models", b"models", "name", b"name", "output_tokens_per_second", b"output_tokens_per_second", "queued_call_count", b"queued_call_count", "slot_count", b"slot_count", "state", b"state", "state_change_time", b"state_change_time", "succeeded_call_count", b"succeeded_call_count"]) -> None: ...
+    def HasField(self, field_name: typing.Literal["first_delta_duration", b"first_delta_duration", "memory", b"memory", "state_change_time", b"state_change_time"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["active_call_count", b"active_call_count", "address", b"address", "breakers", b"breakers", "detail", b"detail", "failed_call_count", b"failed_call_count", "first_delta_duration", b"first_delta_duration", "framework", b"framework", "memory", b"memory", "models", b"models", "name", b"name", "output_tokens_per_second", b"output_tokens_per_second", "performance", b"performance", "queued_call_count", b"queued_call_count", "share", b"share", "slot_count", b"slot_count", "state", b"state", "state_change_time", b"state_change_time", "succeeded_call_count", b"succeeded_call_count"]) -> None: ...
 
 Global___Backend: typing_extensions.TypeAlias = Backend
+
+@typing.final
+class Performance(google.protobuf.message.Message):
+    """What was measured of one model on one backend lately."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    MODEL_FIELD_NUMBER: builtins.int
+    CALL_COUNT_FIELD_NUMBER: builtins.int
+    ERROR_RATIO_FIELD_NUMBER: builtins.int
+    OUTPUT_TOKENS_PER_SECOND_FIELD_NUMBER: builtins.int
+    PREFILL_TOKENS_PER_SECOND_FIELD_NUMBER: builtins.int
+    FIRST_DELTAS_FIELD_NUMBER: builtins.int
+    WINDOW_DURATION_FIELD_NUMBER: builtins.int
+    model: builtins.str
+    """Model, in the backend's own spelling."""
+    call_count: builtins.int
+    """Calls that ended in the window."""
+    error_ratio: builtins.float
+    """Part of them that failed through the backend's fault, in [0.0, 1.0]."""
+    output_tokens_per_second: builtins.float
+    """Tokens a second of one reply, median. 0 is not known."""
+    prefill_tokens_per_second: builtins.float
+    """Prompt tokens evaluated a second. 0 is not known."""
+    @property
+    def first_deltas(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[Global___FirstDelta]:
+        """Time to the first delta, by length of prompt, shortest first."""
+
+    @property
+    def window_duration(self) -> google.protobuf.duration_pb2.Duration:
+        """Time the window spans."""
+
+    def __init__(
+        self,
+        *,
+        model: builtins.str = ...,
+        call_count: builtins.int = ...,
+        error_ratio: builtins.float = ...,
+        output_tokens_per_second: builtins.float = ...,
+        prefill_tokens_per_second: builtins.float = ...,
+        first_deltas: collections.abc.Iterable[Global___FirstDelta] | None = ...,
+        window_duration: google.protobuf.duration_pb2.Duration | None = ...,
+    ) -> None: ...
+    def HasField(self, field_name: typing.Literal["window_duration", b"window_duration"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["call_count", b"call_count", "error_ratio", b"error_ratio", "first_deltas", b"first_deltas", "model", b"model", "output_tokens_per_second", b"output_tokens_per_second", "prefill_tokens_per_second", b"prefill_tokens_per_second", "window_duration", b"window_duration"]) -> None: ...
+
+Global___Performance: typing_extensions.TypeAlias = Performance
+
+@typing.final
+class FirstDelta(google.protobuf.message.Message):
+    """Time to the first delta for prompts of like length."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    MAX_PROMPT_TOKEN_COUNT_FIELD_NUMBER: builtins.int
+    CALL_COUNT_FIELD_NUMBER: builtins.int
+    MEDIAN_DURATION_FIELD_NUMBER: builtins.int
+    P95_DURATION_FIELD_NUMBER: builtins.int
+    max_prompt_token_count: builtins.int
+    """Longest prompt counted here, in tokens. 0 is no bound."""
+    call_count: builtins.int
+    """Calls it was measured on."""
+    @property
+    def median_duration(self) -> google.protobuf.duration_pb2.Duration:
+        """Median."""
+
+    @property
+    def p95_duration(self) -> google.protobuf.duration_pb2.Duration:
+        """95th percentile."""
+
+    def __init__(
+        self,
+        *,
+        max_prompt_token_count: builtins.int = ...,
+        call_count: builtins.int = ...,
+        median_duration: google.protobuf.duration_pb2.Duration | None = ...,
+        p95_duration: google.protobuf.duration_pb2.Duration | None = ...,
+    ) -> None: ...
+    def HasField(self, field_name: typing.Literal["median_duration", b"median_duration", "p95_duration", b"p95_duration"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["call_count", b"call_count", "max_prompt_token_count", b"max_prompt_token_count", "median_duration", b"median_duration", "p95_duration", b"p95_duration"]) -> None: ...
+
+Global___FirstDelta: typing_extensions.TypeAlias = FirstDelta
 
 @typing.final
 class Breaker(google.protobuf.message.Message):
@@ -452,3 +552,362 @@ class Breaker(google.protobuf.message.Message):
     def ClearField(self, field_name: typing.Literal["model", b"model", "reason", b"reason", "remaining_duration", b"remaining_duration", "state", b"state"]) -> None: ...
 
 Global___Breaker: typing_extensions.TypeAlias = Breaker
+
+@typing.final
+class WatchActivityRequest(google.protobuf.message.Message):
+    """Asks for the orchestrator's activity."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    INTERVAL_FIELD_NUMBER: builtins.int
+    @property
+    def interval(self) -> google.protobuf.duration_pb2.Duration:
+        """Time between two messages, at least 50 ms and at most one minute. Unset is
+        one second.
+        """
+
+    def __init__(
+        self,
+        *,
+        interval: google.protobuf.duration_pb2.Duration | None = ...,
+    ) -> None: ...
+    def HasField(self, field_name: typing.Literal["interval", b"interval"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["interval", b"interval"]) -> None: ...
+
+Global___WatchActivityRequest: typing_extensions.TypeAlias = WatchActivityRequest
+
+@typing.final
+class WatchActivityResponse(google.protobuf.message.Message):
+    """What the orchestrator is doing."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    OBSERVE_TIME_FIELD_NUMBER: builtins.int
+    QUEUE_FIELD_NUMBER: builtins.int
+    ACTIVE_REQUESTS_FIELD_NUMBER: builtins.int
+    ENDED_REQUESTS_FIELD_NUMBER: builtins.int
+    TOTALS_FIELD_NUMBER: builtins.int
+    SKIPPED_REQUEST_COUNT_FIELD_NUMBER: builtins.int
+    skipped_request_count: builtins.int
+    """Ended requests that were forgotten before they could be sent."""
+    @property
+    def observe_time(self) -> google.protobuf.timestamp_pb2.Timestamp:
+        """When it was seen."""
+
+    @property
+    def queue(self) -> Global___Queue:
+        """The queue before all backends."""
+
+    @property
+    def active_requests(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[Global___RequestActivity]:
+        """Requests in progress, oldest first."""
+
+    @property
+    def ended_requests(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[Global___RequestActivity]:
+        """Requests that ended since the last message, oldest first. The first message
+        has the last ones that are remembered.
+        """
+
+    @property
+    def totals(self) -> Global___ActivityTotals:
+        """Counts since the orchestrator started."""
+
+    def __init__(
+        self,
+        *,
+        observe_time: google.protobuf.timestamp_pb2.Timestamp | None = ...,
+        queue: Global___Queue | None = ...,
+        active_requests: collections.abc.Iterable[Global___RequestActivity] | None = ...,
+        ended_requests: collections.abc.Iterable[Global___RequestActivity] | None = ...,
+        totals: Global___ActivityTotals | None = ...,
+        skipped_request_count: builtins.int = ...,
+    ) -> None: ...
+    def HasField(self, field_name: typing.Literal["observe_time", b"observe_time", "queue", b"queue", "totals", b"totals"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["active_requests", b"active_requests", "ended_requests", b"ended_requests", "observe_time", b"observe_time", "queue", b"queue", "skipped_request_count", b"skipped_request_count", "totals", b"totals"]) -> None: ...
+
+Global___WatchActivityResponse: typing_extensions.TypeAlias = WatchActivityResponse
+
+@typing.final
+class Queue(google.protobuf.message.Message):
+    """The queue before all backends."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    ADMITTED_COUNT_FIELD_NUMBER: builtins.int
+    PERMIT_COUNT_FIELD_NUMBER: builtins.int
+    WAITING_INTERACTIVE_COUNT_FIELD_NUMBER: builtins.int
+    WAITING_BATCH_COUNT_FIELD_NUMBER: builtins.int
+    OLDEST_WAIT_DURATION_FIELD_NUMBER: builtins.int
+    EXPECTED_WAIT_DURATION_FIELD_NUMBER: builtins.int
+    admitted_count: builtins.int
+    """Requests admitted and not ended."""
+    permit_count: builtins.int
+    """Most requests admitted at once. 0 is no limit."""
+    waiting_interactive_count: builtins.int
+    """Interactive requests that wait."""
+    waiting_batch_count: builtins.int
+    """Batch requests that wait."""
+    @property
+    def oldest_wait_duration(self) -> google.protobuf.duration_pb2.Duration:
+        """Time the oldest of them has waited. Unset if none waits."""
+
+    @property
+    def expected_wait_duration(self) -> google.protobuf.duration_pb2.Duration:
+        """Expected wait of an interactive request that came now. Unset is unknown."""
+
+    def __init__(
+        self,
+        *,
+        admitted_count: builtins.int = ...,
+        permit_count: builtins.int = ...,
+        waiting_interactive_count: builtins.int = ...,
+        waiting_batch_count: builtins.int = ...,
+        oldest_wait_duration: google.protobuf.duration_pb2.Duration | None = ...,
+        expected_wait_duration: google.protobuf.duration_pb2.Duration | None = ...,
+    ) -> None: ...
+    def HasField(self, field_name: typing.Literal["expected_wait_duration", b"expected_wait_duration", "oldest_wait_duration", b"oldest_wait_duration"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["admitted_count", b"admitted_count", "expected_wait_duration", b"expected_wait_duration", "oldest_wait_duration", b"oldest_wait_duration", "permit_count", b"permit_count", "waiting_batch_count", b"waiting_batch_count", "waiting_interactive_count", b"waiting_interactive_count"]) -> None: ...
+
+Global___Queue: typing_extensions.TypeAlias = Queue
+
+@typing.final
+class RequestActivity(google.protobuf.message.Message):
+    """One request as the orchestrator sees it. It holds no text of prompt or reply."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    class _Phase:
+        ValueType = typing.NewType("ValueType", builtins.int)
+        V: typing_extensions.TypeAlias = ValueType
+
+    class _PhaseEnumTypeWrapper(google.protobuf.internal.enum_type_wrapper._EnumTypeWrapper[RequestActivity._Phase.ValueType], builtins.type):
+        DESCRIPTOR: google.protobuf.descriptor.EnumDescriptor
+        PHASE_UNSPECIFIED: RequestActivity._Phase.ValueType  # 0
+        """Not said."""
+        PHASE_QUEUED: RequestActivity._Phase.ValueType  # 1
+        """Waits in the queue."""
+        PHASE_ROUTING: RequestActivity._Phase.ValueType  # 2
+        """A backend is being chosen, or an attempt begins."""
+        PHASE_LOADING: RequestActivity._Phase.ValueType  # 3
+        """Its model is being loaded."""
+        PHASE_PREFILL: RequestActivity._Phase.ValueType  # 4
+        """Its prompt is being evaluated."""
+        PHASE_DECODE: RequestActivity._Phase.ValueType  # 5
+        """Its reply is being generated."""
+        PHASE_SUCCEEDED: RequestActivity._Phase.ValueType  # 6
+        """It ended well."""
+        PHASE_FAILED: RequestActivity._Phase.ValueType  # 7
+        """It ended with an error."""
+        PHASE_CANCELLED: RequestActivity._Phase.ValueType  # 8
+        """Its caller cancelled it or went away."""
+
+    class Phase(_Phase, metaclass=_PhaseEnumTypeWrapper):
+        """How far a request is."""
+
+    PHASE_UNSPECIFIED: RequestActivity.Phase.ValueType  # 0
+    """Not said."""
+    PHASE_QUEUED: RequestActivity.Phase.ValueType  # 1
+    """Waits in the queue."""
+    PHASE_ROUTING: RequestActivity.Phase.ValueType  # 2
+    """A backend is being chosen, or an attempt begins."""
+    PHASE_LOADING: RequestActivity.Phase.ValueType  # 3
+    """Its model is being loaded."""
+    PHASE_PREFILL: RequestActivity.Phase.ValueType  # 4
+    """Its prompt is being evaluated."""
+    PHASE_DECODE: RequestActivity.Phase.ValueType  # 5
+    """Its reply is being generated."""
+    PHASE_SUCCEEDED: RequestActivity.Phase.ValueType  # 6
+    """It ended well."""
+    PHASE_FAILED: RequestActivity.Phase.ValueType  # 7
+    """It ended with an error."""
+    PHASE_CANCELLED: RequestActivity.Phase.ValueType  # 8
+    """Its caller cancelled it or went away."""
+
+    REQUEST_ID_FIELD_NUMBER: builtins.int
+    TRACE_ID_FIELD_NUMBER: builtins.int
+    OPERATION_FIELD_NUMBER: builtins.int
+    MODEL_FIELD_NUMBER: builtins.int
+    REQUEST_CLASS_FIELD_NUMBER: builtins.int
+    BACKEND_FIELD_NUMBER: builtins.int
+    SERVED_MODEL_FIELD_NUMBER: builtins.int
+    PHASE_FIELD_NUMBER: builtins.int
+    CREATE_TIME_FIELD_NUMBER: builtins.int
+    ELAPSED_DURATION_FIELD_NUMBER: builtins.int
+    FIRST_DELTA_DURATION_FIELD_NUMBER: builtins.int
+    INPUT_TOKEN_COUNT_FIELD_NUMBER: builtins.int
+    OUTPUT_TOKEN_COUNT_FIELD_NUMBER: builtins.int
+    OUTPUT_TOKENS_PER_SECOND_FIELD_NUMBER: builtins.int
+    ATTEMPT_COUNT_FIELD_NUMBER: builtins.int
+    ERROR_REASON_FIELD_NUMBER: builtins.int
+    CACHED_FIELD_NUMBER: builtins.int
+    CONTINUATION_COUNT_FIELD_NUMBER: builtins.int
+    CANDIDATES_FIELD_NUMBER: builtins.int
+    request_id: builtins.str
+    """Identifies the request among those of this orchestrator."""
+    trace_id: builtins.str
+    """Trace it belongs to, in 32 hexadecimal digits. Empty if it is not sampled."""
+    operation: builtins.str
+    """`generate` or `embed`."""
+    model: builtins.str
+    """Model asked for."""
+    request_class: builtins.str
+    """What kind of request it was taken for, such as `chat`."""
+    backend: builtins.str
+    """Backend that serves or served it. Empty until one is chosen."""
+    served_model: builtins.str
+    """Model that serves it, in the backend's spelling."""
+    phase: Global___RequestActivity.Phase.ValueType
+    """How far it is."""
+    input_token_count: builtins.int
+    """Tokens of the prompt. 0 is not known."""
+    output_token_count: builtins.int
+    """Tokens of the reply so far; deltas where the backend does not count tokens."""
+    output_tokens_per_second: builtins.float
+    """Tokens a second since the first delta. 0 is not known."""
+    attempt_count: builtins.int
+    """Attempts on backends so far."""
+    error_reason: builtins.str
+    """Reason of the error it ended with, such as `DEADLINE`. Empty if none."""
+    cached: builtins.bool
+    """True if the reply came from the cache or from another request's reply."""
+    continuation_count: builtins.int
+    """Times another backend went on with the reply."""
+    @property
+    def create_time(self) -> google.protobuf.timestamp_pb2.Timestamp:
+        """When it came."""
+
+    @property
+    def elapsed_duration(self) -> google.protobuf.duration_pb2.Duration:
+        """Time since it came, or until it ended."""
+
+    @property
+    def first_delta_duration(self) -> google.protobuf.duration_pb2.Duration:
+        """Time to its first delta. Unset until then."""
+
+    @property
+    def candidates(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[Global___Candidate]:
+        """The last decision of the router for it, best first, the refused last."""
+
+    def __init__(
+        self,
+        *,
+        request_id: builtins.str = ...,
+        trace_id: builtins.str = ...,
+        operation: builtins.str = ...,
+        model: builtins.str = ...,
+        request_class: builtins.str = ...,
+        backend: builtins.str = ...,
+        served_model: builtins.str = ...,
+        phase: Global___RequestActivity.Phase.ValueType = ...,
+        create_time: google.protobuf.timestamp_pb2.Timestamp | None = ...,
+        elapsed_duration: google.protobuf.duration_pb2.Duration | None = ...,
+        first_delta_duration: google.protobuf.duration_pb2.Duration | None = ...,
+        input_token_count: builtins.int = ...,
+        output_token_count: builtins.int = ...,
+        output_tokens_per_second: builtins.float = ...,
+        attempt_count: builtins.int = ...,
+        error_reason: builtins.str = ...,
+        cached: builtins.bool = ...,
+        continuation_count: builtins.int = ...,
+        candidates: collections.abc.Iterable[Global___Candidate] | None = ...,
+    ) -> None: ...
+    def HasField(self, field_name: typing.Literal["create_time", b"create_time", "elapsed_duration", b"elapsed_duration", "first_delta_duration", b"first_delta_duration"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["attempt_count", b"attempt_count", "backend", b"backend", "cached", b"cached", "candidates", b"candidates", "continuation_count", b"continuation_count", "create_time", b"create_time", "elapsed_duration", b"elapsed_duration", "error_reason", b"error_reason", "first_delta_duration", b"first_delta_duration", "input_token_count", b"input_token_count", "model", b"model", "operation", b"operation", "output_token_count", b"output_token_count", "output_tokens_per_second", b"output_tokens_per_second", "phase", b"phase", "request_class", b"request_class", "request_id", b"request_id", "served_model", b"served_model", "trace_id", b"trace_id"]) -> None: ...
+
+Global___RequestActivity: typing_extensions.TypeAlias = RequestActivity
+
+@typing.final
+class ActivityTotals(google.protobuf.message.Message):
+    """Counts since the orchestrator started."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    REQUEST_COUNT_FIELD_NUMBER: builtins.int
+    FAILED_REQUEST_COUNT_FIELD_NUMBER: builtins.int
+    REFUSED_REQUEST_COUNT_FIELD_NUMBER: builtins.int
+    CACHE_HIT_COUNT_FIELD_NUMBER: builtins.int
+    COALESCED_REQUEST_COUNT_FIELD_NUMBER: builtins.int
+    RETRY_COUNT_FIELD_NUMBER: builtins.int
+    HEDGE_COUNT_FIELD_NUMBER: builtins.int
+    CONTINUATION_COUNT_FIELD_NUMBER: builtins.int
+    OUTPUT_TOKEN_COUNT_FIELD_NUMBER: builtins.int
+    request_count: builtins.int
+    """Requests that came."""
+    failed_request_count: builtins.int
+    """Requests that ended with an error."""
+    refused_request_count: builtins.int
+    """Requests refused because the queue was full or the wait too long."""
+    cache_hit_count: builtins.int
+    """Requests answered from the cache."""
+    coalesced_request_count: builtins.int
+    """Requests that joined another's reply."""
+    retry_count: builtins.int
+    """Attempts that were tried again."""
+    hedge_count: builtins.int
+    """Second attempts started because the first was slow."""
+    continuation_count: builtins.int
+    """Replies that another backend went on with."""
+    output_token_count: builtins.int
+    """Tokens of replies passed on."""
+    def __init__(
+        self,
+        *,
+        request_count: builtins.int = ...,
+        failed_request_count: builtins.int = ...,
+        refused_request_count: builtins.int = ...,
+        cache_hit_count: builtins.int = ...,
+        coalesced_request_count: builtins.int = ...,
+        retry_count: builtins.int = ...,
+        hedge_count: builtins.int = ...,
+        continuation_count: builtins.int = ...,
+        output_token_count: builtins.int = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["cache_hit_count", b"cache_hit_count", "coalesced_request_count", b"coalesced_request_count", "continuation_count", b"continuation_count", "failed_request_count", b"failed_request_count", "hedge_count", b"hedge_count", "output_token_count", b"output_token_count", "refused_request_count", b"refused_request_count", "request_count", b"request_count", "retry_count", b"retry_count"]) -> None: ...
+
+Global___ActivityTotals: typing_extensions.TypeAlias = ActivityTotals
+
+@typing.final
+class ReloadConfigurationRequest(google.protobuf.message.Message):
+    """Asks for the configuration to be read again."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    VALIDATE_ONLY_FIELD_NUMBER: builtins.int
+    validate_only: builtins.bool
+    """If true, the file is checked and nothing is changed."""
+    def __init__(
+        self,
+        *,
+        validate_only: builtins.bool = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["validate_only", b"validate_only"]) -> None: ...
+
+Global___ReloadConfigurationRequest: typing_extensions.TypeAlias = ReloadConfigurationRequest
+
+@typing.final
+class ReloadConfigurationResponse(google.protobuf.message.Message):
+    """What became of the configuration."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    CHANGES_FIELD_NUMBER: builtins.int
+    RESTART_REQUIRED_FIELD_NUMBER: builtins.int
+    @property
+    def changes(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.str]:
+        """What changed, a line each, such as `backend "mac": weight 1.0 -> 2.0`."""
+
+    @property
+    def restart_required(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.str]:
+        """Settings that differ in the file and take effect only after a restart, a
+        line each.
+        """
+
+    def __init__(
+        self,
+        *,
+        changes: collections.abc.Iterable[builtins.str] | None = ...,
+        restart_required: collections.abc.Iterable[builtins.str] | None = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["changes", b"changes", "restart_required", b"restart_required"]) -> None: ...
+
+Global___ReloadConfigurationResponse: typing_extensions.TypeAlias = ReloadConfigurationResponse

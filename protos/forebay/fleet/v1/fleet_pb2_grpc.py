@@ -60,6 +60,16 @@ class FleetServiceStub(object):
                 request_serializer=forebay_dot_fleet_dot_v1_dot_fleet__pb2.ExplainRouteRequest.SerializeToString,
                 response_deserializer=forebay_dot_fleet_dot_v1_dot_fleet__pb2.ExplainRouteResponse.FromString,
                 _registered_method=True)
+        self.WatchActivity = channel.unary_stream(
+                '/forebay.fleet.v1.FleetService/WatchActivity',
+                request_serializer=forebay_dot_fleet_dot_v1_dot_fleet__pb2.WatchActivityRequest.SerializeToString,
+                response_deserializer=forebay_dot_fleet_dot_v1_dot_fleet__pb2.WatchActivityResponse.FromString,
+                _registered_method=True)
+        self.ReloadConfiguration = channel.unary_unary(
+                '/forebay.fleet.v1.FleetService/ReloadConfiguration',
+                request_serializer=forebay_dot_fleet_dot_v1_dot_fleet__pb2.ReloadConfigurationRequest.SerializeToString,
+                response_deserializer=forebay_dot_fleet_dot_v1_dot_fleet__pb2.ReloadConfigurationResponse.FromString,
+                _registered_method=True)
 
 
 class FleetServiceServicer(object):
@@ -105,6 +115,24 @@ class FleetServiceServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def WatchActivity(self, request, context):
+        """Streams what the orchestrator is doing: first everything it remembers, then
+        what changed, once per interval.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ReloadConfiguration(self, request, context):
+        """Reads the configuration file again and applies what can change while
+        serving. No reply in progress is disturbed.
+
+        Returns INVALID_ARGUMENT, and changes nothing, if the file is not valid.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_FleetServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -132,6 +160,16 @@ def add_FleetServiceServicer_to_server(servicer, server):
                     servicer.ExplainRoute,
                     request_deserializer=forebay_dot_fleet_dot_v1_dot_fleet__pb2.ExplainRouteRequest.FromString,
                     response_serializer=forebay_dot_fleet_dot_v1_dot_fleet__pb2.ExplainRouteResponse.SerializeToString,
+            ),
+            'WatchActivity': grpc.unary_stream_rpc_method_handler(
+                    servicer.WatchActivity,
+                    request_deserializer=forebay_dot_fleet_dot_v1_dot_fleet__pb2.WatchActivityRequest.FromString,
+                    response_serializer=forebay_dot_fleet_dot_v1_dot_fleet__pb2.WatchActivityResponse.SerializeToString,
+            ),
+            'ReloadConfiguration': grpc.unary_unary_rpc_method_handler(
+                    servicer.ReloadConfiguration,
+                    request_deserializer=forebay_dot_fleet_dot_v1_dot_fleet__pb2.ReloadConfigurationRequest.FromString,
+                    response_serializer=forebay_dot_fleet_dot_v1_dot_fleet__pb2.ReloadConfigurationResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -270,6 +308,60 @@ class FleetService(object):
             '/forebay.fleet.v1.FleetService/ExplainRoute',
             forebay_dot_fleet_dot_v1_dot_fleet__pb2.ExplainRouteRequest.SerializeToString,
             forebay_dot_fleet_dot_v1_dot_fleet__pb2.ExplainRouteResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def WatchActivity(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/forebay.fleet.v1.FleetService/WatchActivity',
+            forebay_dot_fleet_dot_v1_dot_fleet__pb2.WatchActivityRequest.SerializeToString,
+            forebay_dot_fleet_dot_v1_dot_fleet__pb2.WatchActivityResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ReloadConfiguration(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/forebay.fleet.v1.FleetService/ReloadConfiguration',
+            forebay_dot_fleet_dot_v1_dot_fleet__pb2.ReloadConfigurationRequest.SerializeToString,
+            forebay_dot_fleet_dot_v1_dot_fleet__pb2.ReloadConfigurationResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -105,7 +105,39 @@ _FleetServiceExplainRouteType = typing_extensions.TypeVar(
     ],
 )
 
-class FleetServiceStub(typing.Generic[_FleetServiceListBackendsType, _FleetServiceWatchBackendsType, _FleetServiceDrainBackendType, _FleetServiceResumeBackendType, _FleetServiceExplainRouteType]):
+_FleetServiceWatchActivityType = typing_extensions.TypeVar(
+    '_FleetServiceWatchActivityType',
+    grpc.UnaryStreamMultiCallable[
+        forebay.fleet.v1.fleet_pb2.WatchActivityRequest,
+        forebay.fleet.v1.fleet_pb2.WatchActivityResponse,
+    ],
+    grpc.aio.UnaryStreamMultiCallable[
+        forebay.fleet.v1.fleet_pb2.WatchActivityRequest,
+        forebay.fleet.v1.fleet_pb2.WatchActivityResponse,
+    ],
+    default=grpc.UnaryStreamMultiCallable[
+        forebay.fleet.v1.fleet_pb2.WatchActivityRequest,
+        forebay.fleet.v1.fleet_pb2.WatchActivityResponse,
+    ],
+)
+
+_FleetServiceReloadConfigurationType = typing_extensions.TypeVar(
+    '_FleetServiceReloadConfigurationType',
+    grpc.UnaryUnaryMultiCallable[
+        forebay.fleet.v1.fleet_pb2.ReloadConfigurationRequest,
+        forebay.fleet.v1.fleet_pb2.ReloadConfigurationResponse,
+    ],
+    grpc.aio.UnaryUnaryMultiCallable[
+        forebay.fleet.v1.fleet_pb2.ReloadConfigurationRequest,
+        forebay.fleet.v1.fleet_pb2.ReloadConfigurationResponse,
+    ],
+    default=grpc.UnaryUnaryMultiCallable[
+        forebay.fleet.v1.fleet_pb2.ReloadConfigurationRequest,
+        forebay.fleet.v1.fleet_pb2.ReloadConfigurationResponse,
+    ],
+)
+
+class FleetServiceStub(typing.Generic[_FleetServiceListBackendsType, _FleetServiceWatchBackendsType, _FleetServiceDrainBackendType, _FleetServiceResumeBackendType, _FleetServiceExplainRouteType, _FleetServiceWatchActivityType, _FleetServiceReloadConfigurationType]):
     """Shows and steers the backends behind an orchestrator."""
 
     @typing.overload
@@ -129,6 +161,14 @@ class FleetServiceStub(typing.Generic[_FleetServiceListBackendsType, _FleetServi
         grpc.UnaryUnaryMultiCallable[
             forebay.fleet.v1.fleet_pb2.ExplainRouteRequest,
             forebay.fleet.v1.fleet_pb2.ExplainRouteResponse,
+        ],
+        grpc.UnaryStreamMultiCallable[
+            forebay.fleet.v1.fleet_pb2.WatchActivityRequest,
+            forebay.fleet.v1.fleet_pb2.WatchActivityResponse,
+        ],
+        grpc.UnaryUnaryMultiCallable[
+            forebay.fleet.v1.fleet_pb2.ReloadConfigurationRequest,
+            forebay.fleet.v1.fleet_pb2.ReloadConfigurationResponse,
         ],
     ], channel: grpc.Channel) -> None: ...
 
@@ -154,6 +194,14 @@ class FleetServiceStub(typing.Generic[_FleetServiceListBackendsType, _FleetServi
             forebay.fleet.v1.fleet_pb2.ExplainRouteRequest,
             forebay.fleet.v1.fleet_pb2.ExplainRouteResponse,
         ],
+        grpc.aio.UnaryStreamMultiCallable[
+            forebay.fleet.v1.fleet_pb2.WatchActivityRequest,
+            forebay.fleet.v1.fleet_pb2.WatchActivityResponse,
+        ],
+        grpc.aio.UnaryUnaryMultiCallable[
+            forebay.fleet.v1.fleet_pb2.ReloadConfigurationRequest,
+            forebay.fleet.v1.fleet_pb2.ReloadConfigurationResponse,
+        ],
     ], channel: grpc.aio.Channel) -> None: ...
 
     ListBackends: _FleetServiceListBackendsType
@@ -177,6 +225,18 @@ class FleetServiceStub(typing.Generic[_FleetServiceListBackendsType, _FleetServi
     ExplainRoute: _FleetServiceExplainRouteType
     """Says where a request would go now, and why not elsewhere, without sending it."""
 
+    WatchActivity: _FleetServiceWatchActivityType
+    """Streams what the orchestrator is doing: first everything it remembers, then
+    what changed, once per interval.
+    """
+
+    ReloadConfiguration: _FleetServiceReloadConfigurationType
+    """Reads the configuration file again and applies what can change while
+    serving. No reply in progress is disturbed.
+
+    Returns INVALID_ARGUMENT, and changes nothing, if the file is not valid.
+    """
+
 FleetServiceAsyncStub: typing_extensions.TypeAlias = FleetServiceStub[
     grpc.aio.UnaryUnaryMultiCallable[
         forebay.fleet.v1.fleet_pb2.ListBackendsRequest,
@@ -197,6 +257,14 @@ FleetServiceAsyncStub: typing_extensions.TypeAlias = FleetServiceStub[
     grpc.aio.UnaryUnaryMultiCallable[
         forebay.fleet.v1.fleet_pb2.ExplainRouteRequest,
         forebay.fleet.v1.fleet_pb2.ExplainRouteResponse,
+    ],
+    grpc.aio.UnaryStreamMultiCallable[
+        forebay.fleet.v1.fleet_pb2.WatchActivityRequest,
+        forebay.fleet.v1.fleet_pb2.WatchActivityResponse,
+    ],
+    grpc.aio.UnaryUnaryMultiCallable[
+        forebay.fleet.v1.fleet_pb2.ReloadConfigurationRequest,
+        forebay.fleet.v1.fleet_pb2.ReloadConfigurationResponse,
     ],
 ]
 
@@ -248,5 +316,27 @@ class FleetServiceServicer(metaclass=abc.ABCMeta):
         context: _ServicerContext,
     ) -> typing.Union[forebay.fleet.v1.fleet_pb2.ExplainRouteResponse, collections.abc.Awaitable[forebay.fleet.v1.fleet_pb2.ExplainRouteResponse]]:
         """Says where a request would go now, and why not elsewhere, without sending it."""
+
+    @abc.abstractmethod
+    def WatchActivity(
+        self,
+        request: forebay.fleet.v1.fleet_pb2.WatchActivityRequest,
+        context: _ServicerContext,
+    ) -> typing.Union[collections.abc.Iterator[forebay.fleet.v1.fleet_pb2.WatchActivityResponse], collections.abc.AsyncIterator[forebay.fleet.v1.fleet_pb2.WatchActivityResponse]]:
+        """Streams what the orchestrator is doing: first everything it remembers, then
+        what changed, once per interval.
+        """
+
+    @abc.abstractmethod
+    def ReloadConfiguration(
+        self,
+        request: forebay.fleet.v1.fleet_pb2.ReloadConfigurationRequest,
+        context: _ServicerContext,
+    ) -> typing.Union[forebay.fleet.v1.fleet_pb2.ReloadConfigurationResponse, collections.abc.Awaitable[forebay.fleet.v1.fleet_pb2.ReloadConfigurationResponse]]:
+        """Reads the configuration file again and applies what can change while
+        serving. No reply in progress is disturbed.
+
+        Returns INVALID_ARGUMENT, and changes nothing, if the file is not valid.
+        """
 
 def add_FleetServiceServicer_to_server(servicer: FleetServiceServicer, server: typing.Union[grpc.Server, grpc.aio.Server]) -> None: ...

@@ -1658,6 +1658,7 @@ class ListModelsResponse(google.protobuf.message.Message):
 
     MODELS_FIELD_NUMBER: builtins.int
     UNREACHABLE_FIELD_NUMBER: builtins.int
+    MEMORY_FIELD_NUMBER: builtins.int
     @property
     def models(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[Global___Model]:
         """Models that can be served now."""
@@ -1666,13 +1667,19 @@ class ListModelsResponse(google.protobuf.message.Message):
     def unreachable(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.str]:
         """Backends that could not be asked."""
 
+    @property
+    def memory(self) -> Global___Memory:
+        """Memory the models share. Unset is unknown."""
+
     def __init__(
         self,
         *,
         models: collections.abc.Iterable[Global___Model] | None = ...,
         unreachable: collections.abc.Iterable[builtins.str] | None = ...,
+        memory: Global___Memory | None = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["models", b"models", "unreachable", b"unreachable"]) -> None: ...
+    def HasField(self, field_name: typing.Literal["memory", b"memory"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["memory", b"memory", "models", b"models", "unreachable", b"unreachable"]) -> None: ...
 
 Global___ListModelsResponse: typing_extensions.TypeAlias = ListModelsResponse
 
@@ -1734,6 +1741,10 @@ class Model(google.protobuf.message.Message):
     DISK_BYTES_FIELD_NUMBER: builtins.int
     EXPIRE_TIME_FIELD_NUMBER: builtins.int
     DETAIL_FIELD_NUMBER: builtins.int
+    PREFIX_DIGESTS_FIELD_NUMBER: builtins.int
+    PINNED_FIELD_NUMBER: builtins.int
+    USE_TIME_FIELD_NUMBER: builtins.int
+    LOAD_DURATION_FIELD_NUMBER: builtins.int
     id: builtins.str
     """The framework's own identifier."""
     backend: builtins.str
@@ -1758,6 +1769,8 @@ class Model(google.protobuf.message.Message):
     """Bytes on disk. 0 is unknown."""
     detail: builtins.str
     """Why it is in this state, in one sentence for people. Empty if all is well."""
+    pinned: builtins.bool
+    """True if it is kept in memory whatever else is asked for."""
     @property
     def capabilities(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[Global___CapabilityReport]:
         """What it can do. A capability that is not listed is unknown."""
@@ -1773,6 +1786,20 @@ class Model(google.protobuf.message.Message):
     @property
     def expire_time(self) -> google.protobuf.timestamp_pb2.Timestamp:
         """When it is unloaded if nobody uses it. Unset is never or unknown."""
+
+    @property
+    def prefix_digests(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.int]:
+        """Digests of conversation beginnings whose evaluated state it holds, newest
+        first, so that a router can send a conversation back to it.
+        """
+
+    @property
+    def use_time(self) -> google.protobuf.timestamp_pb2.Timestamp:
+        """When it last served a request. Unset is never or unknown."""
+
+    @property
+    def load_duration(self) -> google.protobuf.duration_pb2.Duration:
+        """How long its last load took. Unset is unknown."""
 
     def __init__(
         self,
@@ -1790,11 +1817,57 @@ class Model(google.protobuf.message.Message):
         disk_bytes: builtins.int = ...,
         expire_time: google.protobuf.timestamp_pb2.Timestamp | None = ...,
         detail: builtins.str = ...,
+        prefix_digests: collections.abc.Iterable[builtins.int] | None = ...,
+        pinned: builtins.bool = ...,
+        use_time: google.protobuf.timestamp_pb2.Timestamp | None = ...,
+        load_duration: google.protobuf.duration_pb2.Duration | None = ...,
     ) -> None: ...
-    def HasField(self, field_name: typing.Literal["expire_time", b"expire_time", "weights", b"weights"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["aliases", b"aliases", "backend", b"backend", "capabilities", b"capabilities", "context_token_count", b"context_token_count", "detail", b"detail", "disk_bytes", b"disk_bytes", "expire_time", b"expire_time", "id", b"id", "loaded_context_token_count", b"loaded_context_token_count", "memory_bytes", b"memory_bytes", "slot_count", b"slot_count", "state", b"state", "weights", b"weights"]) -> None: ...
+    def HasField(self, field_name: typing.Literal["expire_time", b"expire_time", "load_duration", b"load_duration", "use_time", b"use_time", "weights", b"weights"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["aliases", b"aliases", "backend", b"backend", "capabilities", b"capabilities", "context_token_count", b"context_token_count", "detail", b"detail", "disk_bytes", b"disk_bytes", "expire_time", b"expire_time", "id", b"id", "load_duration", b"load_duration", "loaded_context_token_count", b"loaded_context_token_count", "memory_bytes", b"memory_bytes", "pinned", b"pinned", "prefix_digests", b"prefix_digests", "slot_count", b"slot_count", "state", b"state", "use_time", b"use_time", "weights", b"weights"]) -> None: ...
 
 Global___Model: typing_extensions.TypeAlias = Model
+
+@typing.final
+class Memory(google.protobuf.message.Message):
+    """Memory that models share."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    HOST_FIELD_NUMBER: builtins.int
+    TOTAL_BYTES_FIELD_NUMBER: builtins.int
+    AVAILABLE_BYTES_FIELD_NUMBER: builtins.int
+    LIMIT_BYTES_FIELD_NUMBER: builtins.int
+    USED_BYTES_FIELD_NUMBER: builtins.int
+    RESERVED_BYTES_FIELD_NUMBER: builtins.int
+    host: builtins.str
+    """Identifies the host, so that services on one host are not counted twice.
+    Empty is unknown.
+    """
+    total_bytes: builtins.int
+    """Bytes the host has. 0 is unknown."""
+    available_bytes: builtins.int
+    """Bytes that could be taken on the host without harm. 0 is unknown."""
+    limit_bytes: builtins.int
+    """Most bytes that the service takes for models and their state. 0 is no limit
+    or unknown.
+    """
+    used_bytes: builtins.int
+    """Bytes that the service takes now."""
+    reserved_bytes: builtins.int
+    """Bytes set aside for loads and requests in progress, not yet in use."""
+    def __init__(
+        self,
+        *,
+        host: builtins.str = ...,
+        total_bytes: builtins.int = ...,
+        available_bytes: builtins.int = ...,
+        limit_bytes: builtins.int = ...,
+        used_bytes: builtins.int = ...,
+        reserved_bytes: builtins.int = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["available_bytes", b"available_bytes", "host", b"host", "limit_bytes", b"limit_bytes", "reserved_bytes", b"reserved_bytes", "total_bytes", b"total_bytes", "used_bytes", b"used_bytes"]) -> None: ...
+
+Global___Memory: typing_extensions.TypeAlias = Memory
 
 @typing.final
 class CapabilityReport(google.protobuf.message.Message):
