@@ -94,7 +94,8 @@ ENDINGS = {
 
 async def play(mesh: Mesh, ending: str, request: pb.GenerateRequest) -> None:
     """Makes a call end in a way."""
-    timeout = 0.5 if ending in {"deadline", "never read"} else 20
+    # Long enough for the margin before it to be longer than a loaded machine may stall.
+    timeout = 2.0 if ending in {"deadline", "never read"} else 20
     call = mesh.client.Generate(request, timeout=timeout)
 
     async def read() -> None:
