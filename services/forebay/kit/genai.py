@@ -7,7 +7,7 @@ was answered is never among them, and no switch here adds it.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
 
 from google.protobuf import duration_pb2
@@ -108,7 +108,7 @@ class Watched:
         self._first_token_count = 0
         self._stage = pb.Progress.STAGE_UNSPECIFIED
 
-    async def __call__(self, event: Event) -> None:
+    def __call__(self, event: Event) -> Awaitable[None]:
         """Notes an event and passes it on."""
         assert self._send is not None, "an answer that is only noted is not sent"
         # A delta after the first, of which there are thousands a second, is noted in as few steps as can be.
@@ -121,7 +121,7 @@ class Watched:
             self._token_count += event.delta.token_count
         else:
             self.note(event)
-        await self._send(event)
+        return self._send(event)
 
     def note(self, event: Event) -> None:
         """Notes an event."""
