@@ -218,20 +218,27 @@ class Watch:
 
     Args:
         activity: the record.
+        most_active: requests in progress that a look tells of.
+        most_ended: ended requests that a look tells of.
     """
 
-    def __init__(self, activity: Activity) -> None:
+    def __init__(self, activity: Activity, *, most_active: int, most_ended: int) -> None:
         self._activity = activity
+        self._most_active = most_active
+        self._most_ended = most_ended
         self._seen = -1  # requests that had ended at the last look
 
     def look(self) -> fleet_pb2.WatchActivityResponse:
         """Returns what is in progress, and what ended since the last look; at first, all that is known."""
         activity = self._activity
         ended = activity.ended
-        fresh = len(ended) if self._seen < 0 else activity.ended_count - self._seen
+        most = min(len(ended), self._most_ended)
+        fresh = most if self._seen < 0 else activity.ended_count - self._seen
         self._seen = activity.ended_count
-        kept = min(fresh, len(ended))
-        return activity.picture(list(ended)[len(ended) - kept :], skipped=fresh - kept)
+        kept = min(fresh, most)
+        return activity.picture(
+            list(ended)[len(ended) - kept :], skipped=fresh - kept, most_active=self._most_active
+        )
 
 
 class Activity:
@@ -348,23 +355,31 @@ class Activity:
 
     # What watchers read.
 
-    def watch(self) -> Watch:
-        """Returns a reader that begins with all that is remembered."""
-        return Watch(self)
+    def watch(self, *, most_active: int = MOST_ACTIVE, most_ended: int = REMEMBERED) -> Watch:
+        """Returns a reader that begins with all that is remembered.
 
-    def picture(self, ended: Sequence[_Entry], *, skipped: int = 0) -> fleet_pb2.WatchActivityResponse:
+        Args:
+            most_active: requests in progress that a look tells of.
+            most_ended: ended requests that a look tells of.
+        """
+        return Watch(self, most_active=most_active, most_ended=most_ended)
+
+    def picture(
+        self, ended: Sequence[_Entry], *, skipped: int, most_active: int
+    ) -> fleet_pb2.WatchActivityResponse:
         """Returns what is going on.
 
         Args:
             ended: ended requests to tell of.
             skipped: how many there were that are forgotten.
+            most_active: requests in progress to tell of.
         """
         now = self.clock()
         message = fleet_pb2.WatchActivityResponse(
             queue=self._queue(), totals=self.totals(), skipped_request_count=skipped
         )
         message.observe_time.FromDatetime(self._now())
-        active = [entry for entry, _ in zip(self._active, range(MOST_ACTIVE), strict=False)]
+        active = [entry for entry, _ in zip(self._active, range(most_active), strict=False)]
         room = LARGEST
         for entries, listed in ((active, message.active_requests), (ended, message.ended_requests)):
             for entry in entries:

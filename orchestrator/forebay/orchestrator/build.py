@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import random
 from collections.abc import Sequence
+from contextlib import AbstractAsyncContextManager, nullcontext
 
 import grpc.aio
 
@@ -102,6 +103,15 @@ class Orchestrator:
         )
         fleet_pb2_grpc.add_FleetServiceServicer_to_server(servicer, server)
         return [FLEET_SERVICE]
+
+    def dashboard(self) -> AbstractAsyncContextManager[object]:
+        """Serves the dashboard for the length of a block, if there is an address for it."""
+        if self.settings.web_address is None:
+            return nullcontext()
+        # Only here, for it needs an HTTP server that most orchestrators do without.
+        from forebay.orchestrator.web.server import serving  # noqa: PLC0415
+
+        return serving(self.settings, fleet=self.fleet, activity=self.activity, admission=self.admission)
 
     def _store(self, settings: CacheSettings) -> Store | None:
         if not settings.max_bytes:
