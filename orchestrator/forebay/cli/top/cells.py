@@ -177,7 +177,7 @@ def headline(picture: Picture, address: str, *, is_paused: bool) -> Text:
 
 
 def summary(picture: Picture) -> Text:
-    """Returns the figures of the orchestrator as a whole, in two lines."""
+    """Returns the figures of the orchestrator as a whole, in three lines."""
     queue, totals = picture.queue, picture.totals
     waiting = queue.waiting_interactive_count + queue.waiting_batch_count
     permits = f"/{queue.permit_count}" if queue.permit_count else ""
@@ -187,11 +187,8 @@ def summary(picture: Picture) -> Text:
     if waiting:
         lines.append(f" ({queue.waiting_interactive_count} interactive, {queue.waiting_batch_count} batch")
         lines.append(f", the oldest for {_time(queue, 'oldest_wait_duration')})")
-    if queue.HasField("expected_wait_duration"):
+    if queue.expected_wait_duration.ToTimedelta().total_seconds() > 0:
         lines.append("   next in ", style="dim").append(_time(queue, "expected_wait_duration"))
-    rate = picture.rates[-1] if picture.rates else 0.0
-    lines.append("   tokens/s ", style="dim").append(f"{rate:.0f} ", style="bold")
-    lines.append(spark(list(picture.rates)[-30:]), style="green")
     lines.append("\n requests ", style="dim").append(str(totals.request_count))
     for name, count, style in (
         ("failed", totals.failed_request_count, "red"),
@@ -203,6 +200,9 @@ def summary(picture: Picture) -> Text:
         ("joined", totals.coalesced_request_count, ""),
     ):
         lines.append(f"   {name} ", style="dim").append(str(count), style=style if count else "")
+    rate = picture.rates[-1] if picture.rates else 0.0
+    lines.append("\n tokens/s ", style="dim").append(f"{rate:<6.0f}", style="bold")
+    lines.append(spark(picture.rates), style="green")
     return lines
 
 

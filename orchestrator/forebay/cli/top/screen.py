@@ -75,7 +75,7 @@ class Top(App[None]):
     TITLE = "forebay top"
     CSS = """
     #headline { height: 1; background: $boost; }
-    #summary { height: 2; margin: 0 0 1 0; }
+    #summary { height: 3; margin: 0 0 1 0; }
     #backends { height: auto; max-height: 40%; min-height: 3; margin: 0 0 1 0; }
     TabbedContent { height: 1fr; }
     TabPane { padding: 0; }
