@@ -7,7 +7,7 @@ was answered is never among them, and no switch here adds it.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
 
 from google.protobuf import duration_pb2
@@ -116,11 +116,20 @@ class Watched:
         self._first_token_count = 0
         self._stage = pb.Progress.STAGE_UNSPECIFIED
 
-    async def __call__(self, event: Event) -> None:
+    def __call__(self, event: Event) -> Awaitable[None]:
         """Notes an event and passes it on."""
-        self.note(event)
         assert self._send is not None, "an answer that is only noted is not sent"
-        await self._send(event)
+        # A delta after the first, of which there are thousands a second, is noted in as few steps as can be.
+        if (
+            self.first_delta is not None
+            and isinstance(event, pb.GenerateResponse)
+            and event.HasField("delta")
+        ):
+            self._last_delta = self._clock() - self.began
+            self._token_count += event.delta.token_count
+        else:
+            self.note(event)
+        return self._send(event)
 
     def note(self, event: Event) -> None:
         """Notes an event."""
@@ -298,7 +307,9 @@ def requested(
         clock: gives the time in seconds.
     """
     request = call.request
-    attributes = request_attributes(request) | {"forebay.request.id": call.request_id}
+    attributes: dict[str, str | bool | int | float] = {}
+    if telemetry.enabled:
+        attributes = request_attributes(request) | {"forebay.request.id": call.request_id}
     name = f"{operation(request)} {model_name(request.model)}"
     ending = Ending()
     with traced(telemetry.tracer, name, SpanKind.CLIENT, attributes) as span:
@@ -345,15 +356,17 @@ def attempted(
         address: where it listens.
     """
     method = f"forebay.inference.v1.InferenceService/{_METHODS[type(call.request)]}"
-    attributes = {
-        "rpc.system.name": "grpc",
-        "rpc.method": method,
-        "gen_ai.request.model": model_name(call.request.model),
-        "forebay.request.id": call.request_id,
-        "forebay.attempt": len(call.tried) + 1,
-        "forebay.backend": backend,
-        **_place(address),
-    }
+    attributes: dict[str, str | int] = {}
+    if telemetry.enabled:
+        attributes = {
+            "rpc.system.name": "grpc",
+            "rpc.method": method,
+            "gen_ai.request.model": model_name(call.request.model),
+            "forebay.request.id": call.request_id,
+            "forebay.attempt": len(call.tried) + 1,
+            "forebay.backend": backend,
+            **_place(address),
+        }
     ending = Ending()
     found = telemetry.metrics
     with traced(telemetry.tracer, method, SpanKind.CLIENT, attributes) as span:
