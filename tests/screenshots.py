@@ -1,4 +1,4 @@
-"""Pictures of the dashboard for the docs: `python tests/screenshots.py [--seconds 310] [--out docs/images]`.
+"""Pictures for the docs: `python tests/screenshots.py [--seconds 310] [--out docs/images]`.
 
 Scripted backends play an afternoon: people chat, a batch runs, one backend is
 lost and comes back, another is made to fail until its breaker opens.
@@ -18,6 +18,8 @@ from opentelemetry.sdk.trace import TracerProvider
 
 from browser import Page, browsing
 from contract.orchestrator_mesh import Mesh
+from forebay.cli.client import connected
+from forebay.cli.top.screen import Top
 from forebay.inference.v1 import inference_pb2 as pb
 from forebay.kit.telemetry import Telemetry
 from forebay.testing.calls import ask, with_options
@@ -162,9 +164,20 @@ async def main(seconds: float, out: Path) -> None:
             await page.open(str(url))
             await asyncio.sleep(seconds)
             await shoot(page, mesh, out)
+            await shoot_terminal(mesh, out)
             traffic.cancel()
             await asyncio.wait([traffic])
             print("\n".join(page.complaints) or "the browser has nothing to complain of")
+
+
+async def shoot_terminal(mesh: Mesh, out: Path) -> None:
+    async with connected(mesh.address) as client:
+        top = Top(client, interval=0.5)
+        async with top.run_test(size=(132, 38)) as pilot:
+            await asyncio.sleep(20)
+            await pilot.press("1")
+            await pilot.pause(0.5)
+            (out / "top.svg").write_text(top.export_screenshot(simplify=True))
 
 
 async def shoot(page: Page, mesh: Mesh, out: Path) -> None:
