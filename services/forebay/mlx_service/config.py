@@ -89,8 +89,8 @@ class MlxSettings(ServerSettings):
         "auto",
         min_length=1,
         description="Library for matrix products on Linux, where the one that mlx brings is slow: `auto` "
-        "takes the package scipy-openblas32 or the system's OpenBLAS, `off` takes mlx's own, and anything else "
-        "is the file of an OpenBLAS with 32-bit integers.",
+        "takes the package scipy-openblas32 or the system's OpenBLAS, `off` takes mlx's own, and anything "
+        "else is the file of an OpenBLAS with 32-bit integers.",
     )
     cpu_threads: int | None = Field(
         None,
