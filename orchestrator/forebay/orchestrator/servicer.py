@@ -120,4 +120,6 @@ def _candidate(candidate: Candidate) -> fleet_pb2.Candidate:
         scores=candidate.scores,
         total_score=candidate.total,
         model=candidate.spelling,
+        match=candidate.match.value if candidate.match is not None else "",
+        match_detail=candidate.match_detail,
     )

@@ -35,6 +35,7 @@ from forebay.orchestrator.layers.route import Fleet, Route
 from forebay.orchestrator.layers.span import Span
 from forebay.orchestrator.layers.verify import Verify
 from forebay.orchestrator.replies import Store
+from forebay.orchestrator.routing.affinity import Affinity
 from forebay.orchestrator.routing.router import Decision, Router
 
 
@@ -50,6 +51,7 @@ def request_stack(
     spawn: Spawn | None = None,
     weights: Callable[[str], str] = lambda model: "",
     times: FirstDeltas | None = None,
+    affinity: Affinity | None = None,
     telemetry: Telemetry | None = None,
 ) -> Service:
     """Returns the stack that every call goes down once.
@@ -65,6 +67,7 @@ def request_stack(
         spawn: starts tasks that no call owns; None shares no replies.
         weights: returns what is known of the weights behind a model's name.
         times: how long first deltas took lately. None knows of none.
+        affinity: told which backend has read which conversation. None remembers nothing.
         telemetry: of this process; None tells nobody.
     """
     watched_by = telemetry or off()
@@ -134,7 +137,7 @@ def request_stack(
         # Above Route, so that each racer is routed by itself.
         lambda inner: Hedge(inner, settings=settings.hedge, budget=budget, times=times or FirstDeltas()),
         # At the bottom: what is below belongs to one backend.
-        around=Route(fleet=fleet, router=router, on_decision=on_decision),
+        around=Route(fleet=fleet, router=router, on_decision=on_decision, affinity=affinity),
     )
 
 
