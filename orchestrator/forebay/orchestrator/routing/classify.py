@@ -36,8 +36,8 @@ _CODE_STARTS = (
     *("async ", "struct ", "impl ", "SELECT ", "INSERT INTO ", "CREATE TABLE "),
 )
 _CODE_ENDS = ("{", "}", "};", ");", "):", "=> {")
+_CODE_FENCE = "```"
 _CODE_MARKS = (
-    ("```", "it has a fenced code block"),
     ("diff --git ", "it has a diff"),
     ("Traceback (most recent call last)", "it has a stack trace"),
     ("<|fim_prefix|>", "it asks for a gap in code to be filled"),
@@ -174,7 +174,8 @@ class _Content:
                 if kind == "text":
                     text = part.text
                     self.characters += len(text)
-                    self.code = self.code or next((why for mark, why in _CODE_MARKS if mark in text), "")
+                    if not self.code and _CODE_FENCE in text:
+                        self.code = "it has a fenced code block"
                     last = text if is_users else last
                 elif kind == "tool_call":
                     self.characters += len(part.tool_call.arguments_json)
@@ -182,9 +183,15 @@ class _Content:
                     self.characters += len(part.tool_result.text)
                 elif kind == "image":
                     self.has_image = True
-        if not self.code:
-            lines = sum(map(_is_code, last[-CODE_CHARACTERS:].splitlines()))
-            self.code = f"{lines} lines of the last message look like code" if lines >= CODE_LINES else ""
+        self.code = self.code or _why_code(last[-CODE_CHARACTERS:])
+
+
+def _why_code(text: str) -> str:
+    for mark, why in _CODE_MARKS:
+        if mark in text:
+            return why
+    lines = sum(map(_is_code, text.splitlines()))
+    return f"{lines} lines of the last message look like code" if lines >= CODE_LINES else ""
 
 
 def _is_code(line: str) -> bool:

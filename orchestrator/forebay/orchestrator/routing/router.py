@@ -190,22 +190,24 @@ class Router:
         held: dict[str, float] = {}
         may_be_like = self._may_be_like(request)
         found = self._matcher.find(request.model, [endpoint.models for endpoint in snapshot])
+        meanings = [
+            _meaning(each, endpoint, resumption, may_be_like=may_be_like)
+            for each, endpoint in zip(found, snapshot, strict=True)
+        ]
         questions = [
-            _question(
-                Question(
-                    model=request.model,
-                    traits=traits,
-                    allowed=permitted,
-                    tried=tried,
-                    endpoint=endpoint,
-                    found=None,
-                    held=held,
-                    resumption=resumption,
-                ),
-                match,
-                may_be_like=may_be_like,
+            Question(
+                model=request.model,
+                traits=traits,
+                allowed=permitted,
+                tried=tried,
+                endpoint=endpoint,
+                found=model,
+                match=match,
+                match_detail=detail,
+                held=held,
+                resumption=resumption,
             )
-            for endpoint, match in zip(snapshot, found, strict=True)
+            for endpoint, (model, match, detail) in zip(snapshot, meanings, strict=True)
         ]
         refusals = [_refusal(question) for question in questions]
         open_questions = [q for q, refusal in zip(questions, refusals, strict=True) if refusal is None]
@@ -357,21 +359,19 @@ def _without_likes(judged: list[Candidate]) -> list[Candidate]:
     ]
 
 
-def _question(question: Question, found: Found | None, *, may_be_like: bool) -> Question:
-    """Returns the question with the model that was found, if it may answer."""
-    resumption = question.resumption
+def _meaning(
+    found: Found | None, endpoint: EndpointView, resumption: Resumption | None, *, may_be_like: bool
+) -> tuple[pb.Model | None, Match | None, str]:
+    """Returns the model that may answer, how it was found, and what is to be said of that."""
     if resumption is not None and resumption.needs_same_weights:
-        same = [each for each in question.endpoint.models if each.weights.digest == resumption.weights]
+        same = [each for each in endpoint.models if each.weights.digest == resumption.weights]
         if same and (found is None or found.model not in same):
-            return replace(question, found=same[0], match=Match.WEIGHTS, match_detail=_BEGAN)
+            return same[0], Match.WEIGHTS, "its weights are those that began the reply"
     if found is None:
-        return question
+        return None, None, ""
     if found.match is not Match.LIKE or may_be_like:
-        return replace(question, found=found.model, match=found.match, match_detail=found.detail)
-    return replace(question, match_detail=f"{found.model.id}, and {found.detail}")
-
-
-_BEGAN = "its weights are those that began the reply"
+        return found.model, found.match, found.detail
+    return None, None, f"{found.model.id}, and {found.detail}"
 
 
 def _figures(question: Question) -> Sequence[Figures]:

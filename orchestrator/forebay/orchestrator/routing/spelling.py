@@ -186,7 +186,7 @@ def is_size(size: str, parameters: float) -> bool:
 def _split_owner(text: str) -> tuple[str, str]:
     """Returns a name without its owner, and the owner if the name may mean something else because of them."""
     parts = text.split("/")
-    if len(parts) == 1 or not parts[0] or parts[0] in {".", "..", "~"}:  # no owner, or a file
+    if len(parts) == 1 or parts[0] in {"", ".", "..", "~"} or parts[0].endswith(":"):  # no owner, or a file
         owner, rest = "", parts[-1]
     else:
         owner, rest = parts[0], parts[-1]
