@@ -203,7 +203,7 @@ def _pack(found: list[str]) -> str:
 
 def _words(text: str) -> list[str]:
     text = re.sub(r"(?<=\d)_(?=\d)", ".", text)  # qwen2_5
-    return [word for word in re.split(r"[-_\s@()]+", text) if word]
+    return [word for part in re.split(r"[-_\s@()]+", text) if (word := part.strip("."))]
 
 
 def _tag_words(tag: str) -> list[str]:
