@@ -74,7 +74,11 @@ class History:
         while True:
             await asyncio.sleep(INTERVAL.total_seconds())
             # Collected here, where nothing else runs; written elsewhere, since a disk can be slow.
-            await asyncio.to_thread(self._write, self._collect())
+            writing = asyncio.ensure_future(asyncio.to_thread(self._write, self._collect()))
+            try:
+                await asyncio.shield(writing)
+            finally:
+                await writing  # a thread cannot be cancelled, and the last save must not meet it
 
     async def close(self) -> None:
         """Saves for the last time."""
