@@ -223,7 +223,9 @@ def test_who_asks_without_an_owner_means_the_tuned_model() -> None:
     assert owned.variant is Variant.BASE
 
 
-@pytest.mark.parametrize("name", ["", ":latest", "q4_K_M", "7b", "instruct", "/", "gguf", "mlx-community/"])
+@pytest.mark.parametrize(
+    "name", ["", ":latest", "q4_K_M", "7b", "instruct", "/", "gguf", "mlx-community/", "x" * 257]
+)
 def test_a_name_without_a_line_says_nothing(name: str) -> None:
     assert read(name) is None
 

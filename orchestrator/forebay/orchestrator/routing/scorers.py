@@ -119,6 +119,8 @@ def _prefill_time(question: Question) -> float:
     """Seconds to read what is left of the prompt, as such prompts took, else at the measured rate."""
     tokens = question.traits.likely_tokens * (1.0 - _held(question))
     figures = _figures(question)
+    if figures is not None and question.traits.request_class == "embedding":
+        return UNKNOWN_FIRST_DELTA if figures.duration is None else figures.duration
     if figures is not None:
         measured = figures.first_deltas[bucket_of(tokens)]
         if measured is not None:

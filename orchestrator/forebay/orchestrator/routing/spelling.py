@@ -76,6 +76,9 @@ _PUBLISHERS = frozenset(
 """Owners whose name says nothing about the weights. Any other may have tuned what they publish under an old
 name, so theirs is part of the line."""
 
+LONGEST = 256
+"""Characters beyond which a name is not read. Whoever sends such a name is testing us."""
+
 _NOISE = frozenset({"gguf", "ggml", "mlx", "hf", "safetensors", "latest", "model"})
 _TUNED = frozenset({"instruct", "instruction", "it", "chat"})
 _BASE = frozenset({"base", "pt", "pretrained", "pretrain", "foundation"})
@@ -142,6 +145,8 @@ def read(name: str, *, is_asked: bool = False) -> Spelling | None:
         is_asked: whether somebody typed it, rather than a framework listed it. People who ask for
             `llama-3.2-3b` mean the one that talks; a repository of that name holds the one that does not.
     """
+    if len(name) > LONGEST:
+        return None
     text = name.strip().casefold().replace("\\", "/")
     for host in ("hf.co/", "huggingface.co/", "https://huggingface.co/"):
         text = text.removeprefix(host)
