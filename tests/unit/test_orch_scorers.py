@@ -231,9 +231,10 @@ def test_what_a_backend_lists_goes_before_what_is_remembered_of_it() -> None:
     found = scores(router(affinity).decide(request, [holds_little, holds_all]))
     assert found["b"]["affinity"] == 1.0
     assert 0.0 < found["a"]["affinity"] < 1.0
+    # Its list may be kept apart for each caller, and then says nothing that could be understood here.
     holds_other = view("a", model(prefix_digests=[5]))
     found = scores(router(affinity).decide(request, [holds_other, holds_all]))
-    assert found["a"]["affinity"] == 0.0
+    assert found["a"]["affinity"] == 1.0
 
 
 def test_nobody_is_steered_by_what_others_asked() -> None:

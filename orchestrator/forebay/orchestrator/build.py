@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import random
 from collections.abc import Sequence
+from contextlib import AbstractAsyncContextManager, nullcontext
 from pathlib import Path
 
 import grpc.aio
@@ -14,6 +15,7 @@ from forebay.kit.channel import connect
 from forebay.kit.relay import Pairs
 from forebay.kit.rpc import Edge
 from forebay.kit.telemetry import Telemetry, off
+from forebay.orchestrator.activity import Activity
 from forebay.orchestrator.admission import Admission
 from forebay.orchestrator.budget import RetryBudget
 from forebay.orchestrator.clock import Clock
@@ -89,6 +91,7 @@ class Orchestrator:
             ),
             clock=self._clock,
         )
+        self.activity = Activity(self.admission, clock=self._clock)
         service = request_stack(
             settings,
             fleet=self.fleet,
@@ -102,6 +105,7 @@ class Orchestrator:
             times=self._times,
             affinity=affinity,
             telemetry=self._telemetry,
+            activity=self.activity,
         )
         show(self.fleet, self.admission, self._telemetry.metrics)
         self.inference = Engine(fleet=self.fleet, service=service, default_model=settings.default_model)
@@ -110,7 +114,11 @@ class Orchestrator:
     def register(self, server: grpc.aio.Server, edge: Edge) -> Sequence[str]:
         """Adds the fleet service to a server and returns its name."""
         servicer = FleetServicer(
-            fleet=self.fleet, router=self.router, default_model=self.settings.default_model, edge=edge
+            fleet=self.fleet,
+            router=self.router,
+            default_model=self.settings.default_model,
+            edge=edge,
+            activity=self.activity,
         )
         fleet_pb2_grpc.add_FleetServiceServicer_to_server(servicer, server)
         return [FLEET_SERVICE]
@@ -122,6 +130,15 @@ class Orchestrator:
         history.load()
         self.fleet.while_open(history.keep)
         self.fleet.on_close(history.close)
+
+    def dashboard(self) -> AbstractAsyncContextManager[object]:
+        """Serves the dashboard for the length of a block, if there is an address for it."""
+        if self.settings.web_address is None:
+            return nullcontext()
+        # Only here, for it needs an HTTP server that most orchestrators do without.
+        from forebay.orchestrator.web.server import serving  # noqa: PLC0415
+
+        return serving(self.settings, fleet=self.fleet, activity=self.activity, admission=self.admission)
 
     def _store(self, settings: CacheSettings) -> Store | None:
         if not settings.max_bytes:

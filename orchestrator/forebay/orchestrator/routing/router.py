@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from datetime import timedelta
 from typing import TypeAlias
 
+from forebay.fleet.v1 import fleet_pb2
 from forebay.inference.v1 import inference_pb2 as pb
 from forebay.kit.failure import (
     BackendNotFound,
@@ -71,6 +72,19 @@ class Candidate:
     def spelling(self) -> str:
         """The model's name as the backend spells it. Empty if it has no such model."""
         return self.model.id if self.model is not None else ""
+
+    def to_proto(self) -> fleet_pb2.Candidate:
+        """Returns it as clients see it."""
+        return fleet_pb2.Candidate(
+            backend=self.name,
+            refused_by=self.refused_by,
+            refusal_detail=self.detail,
+            scores=self.scores,
+            total_score=self.total,
+            match=self.match.value if self.match is not None else "",
+            match_detail=self.match_detail,
+            model=self.spelling,
+        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -257,9 +271,9 @@ class Router:
         if self._affinity is not None:
             chain = self._affinity.chain(request)
             for name, count in self._affinity.matches(caller, chain, models).items():
-                # Of a backend that lists what it holds, its list is the truth.
-                if not models[name].prefix_digests:
-                    counts[name] = count
+                # Of what a backend lists, its list is the truth. What it does not list of this conversation it
+                # may hold all the same, kept apart for a caller under a name that is not known here.
+                counts.setdefault(name, count)
         if counts:
             held.update(prefixes.shares(request, counts))
         return chain
