@@ -271,7 +271,7 @@ class Router:
         if self._affinity is not None:
             chain = self._affinity.chain(request)
             for name, count in self._affinity.matches(caller, chain, models).items():
-                # Of what a backend lists, its list is the truth. What it does not list of this conversation it
+                # Of what a backend lists, its list is the truth. What it does not list of a conversation it
                 # may hold all the same, kept apart for a caller under a name that is not known here.
                 counts.setdefault(name, count)
         if counts:
