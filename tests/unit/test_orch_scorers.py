@@ -305,11 +305,29 @@ def test_memory_can_be_switched_off_and_ends_at_very_long_conversations() -> Non
 
 def test_a_part_of_the_prompt_is_measured_by_its_text() -> None:
     request = ask("x" * 99, "y" * 299)
-    found = shares(request, {"a": 1, "b": 2, "c": 9})
+    found = shares(request, {"a": 1, "b": 2, "c": 0})
     assert found["a"] == pytest.approx(0.25, abs=0.01)
-    assert found["b"] == found["c"] == 1.0
-    tools_only = pb.GenerateRequest(model="m", tools=[pb.Tool(name="t")], messages=request.messages)
-    assert 0.0 < shares(tools_only, {"a": 1})["a"] < 0.01
+    assert found["b"] == 1.0
+    assert 0.0 < found["c"] < 0.01
+
+
+def test_whoever_holds_the_tools_alone_holds_a_little() -> None:
+    request = pb.GenerateRequest(model="m", tools=[pb.Tool(name="t")], messages=ask("x" * 99).messages)
+    holder = view("a", model(prefix_digests=digests(request, model="m")[:1]))
+    found = scores(router().decide(request, [holder, view("b")]))
+    assert 0.0 < found["a"]["affinity"] < 0.02
+
+
+def test_another_model_other_tools_and_other_words_are_another_conversation() -> None:
+    affinity, _ = remembering()
+    request = ask("one", "reply", "two")
+    others = [ask("one", "Reply", "two"), ask("one", "reply", "two"), ask("one", "reply", "two")]
+    others[1].model = "other"
+    others[2].tools.add(name="t")
+    chain = affinity.chain(request)
+    assert affinity.chain(ask("one", "reply", "two", "reply"))[:3] == chain
+    assert [affinity.chain(other)[-1] == chain[-1] for other in others] == [False] * 3
+    assert affinity.chain(others[0])[0] == chain[0]
 
 
 class Served:
