@@ -59,7 +59,7 @@ async def test_a_reply_that_another_backend_went_on_with_is_counted_by_who_was_l
         request.routing.backends.extend(["a", "b"])
         request.routing.continuation = pb.CONTINUATION_POLICY_SAME_WEIGHTS
         await mesh.generate(request)
-        assert found.points("forebay.continuations") == {("a", "STREAM_INTERRUPTED"): 1}
+        assert found.points("forebay.continuations") == {("STREAM_INTERRUPTED", "a"): 1}
         assert found.points("forebay.admission.duration") == {("normal",): 1}
 
 

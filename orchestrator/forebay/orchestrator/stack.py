@@ -36,6 +36,7 @@ from forebay.orchestrator.layers.route import Fleet, Route
 from forebay.orchestrator.layers.span import Span
 from forebay.orchestrator.layers.verify import Verify
 from forebay.orchestrator.replies import Store
+from forebay.orchestrator.routing.affinity import Affinity
 from forebay.orchestrator.routing.router import Router
 from forebay.orchestrator.tally import Tally
 
@@ -52,6 +53,7 @@ def request_stack(
     spawn: Spawn | None = None,
     weights: Callable[[str], str] = lambda model: "",
     times: FirstDeltas | None = None,
+    affinity: Affinity | None = None,
     telemetry: Telemetry | None = None,
     activity: Activity | None = None,
 ) -> Service:
@@ -68,6 +70,7 @@ def request_stack(
         spawn: starts tasks that no call owns; None shares no replies.
         weights: returns what is known of the weights behind a model's name.
         times: how long first deltas took lately. None knows of none.
+        affinity: told which backend has read which conversation. None remembers nothing.
         telemetry: of this process; None tells nobody.
         activity: the record of requests; None keeps one that nobody reads.
     """
@@ -153,7 +156,7 @@ def request_stack(
             on_race=tally.raced,
         ),
         # At the bottom: what is below belongs to one backend.
-        around=Route(fleet=fleet, router=router, on_decision=tally.decided),
+        around=Route(fleet=fleet, router=router, on_decision=tally.decided, affinity=affinity),
     )
 
 
