@@ -160,7 +160,7 @@ async def prefix(peer: Client) -> list[pb.GenerateResponse]:
 
 async def test_chaos_and_the_other_options_are_understood(tmp_path: Path) -> None:
     options = "--weights w --context 100 --dimensions 4 --unloaded --load-delay 1ms --unwind-delay 1ms"
-    more = "--ready-delay 1ms --reasoning-token-count 1 --tool-call-count 1 --grace 1s --chaos 7:1.0"
+    more = "--ready-delay 1ms --reasoning-token-count 1 --tool-call-count 1 --grace 1s --chaos 7:1.0:8"
     arguments = [*options.split(), *more.split()]
     async with (
         ServiceProcess(MODULE, arguments, folder=tmp_path) as process,

@@ -16,10 +16,11 @@ import contextlib
 import json
 import os
 import sys
+import time
 from collections import deque
 from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import Enum
 from pathlib import Path
 from typing import cast
@@ -51,6 +52,10 @@ from forebay.testing.script import (
     Trick,
     model_of,
 )
+
+
+_KEPT = 1024
+"""Records that a process keeps."""
 
 
 class ScriptedCrashError(Exception):
@@ -90,9 +95,10 @@ class Record:
     """Reason of its failure."""
 
     def to_json(self) -> str:
-        """Returns a line for a journal."""
+        """Returns a line for a journal. Its time is the machine's monotonic clock, which processes share."""
         return json.dumps(
             {
+                "time": time.monotonic(),
                 "request_id": self.request_id,
                 "kind": self.kind,
                 "model": self.model,
@@ -135,6 +141,7 @@ class ScriptedEngine:
         """Every call that was let in, in order."""
         self.active: list[Record] = []
         """Calls that are being served now. Empty is: no orphan generation."""
+        self._call_count = 0
         self.peak = 0
         """Most calls that were active at once."""
         self._slots = slots
@@ -283,6 +290,7 @@ class ScriptedEngine:
         )
         record = Record(call.request_id, kind, call.request.model, call.request)
         self.records.append(record)
+        self._call_count += 1
         self.active.append(record)
         self.peak = max(self.peak, len(self.active))
         self._changed(record)
@@ -451,7 +459,7 @@ class ScriptedEngine:
 
     def _fault(self, name: str, script: Script) -> Fault | None:
         if script.fault is None:
-            return self._chaos.fault_for(len(self.records)) if self._chaos is not None else None
+            return self._chaos.fault_for(self._call_count) if self._chaos is not None else None
         if script.fault.times is not None:
             key = (name, script.fault)
             self._met[key] = self._met.get(key, 0) + 1
@@ -514,7 +522,7 @@ class ScriptedEngine:
             )
         seed = request.sampling.seed
         if request.sampling.temperature > 0 and not request.sampling.HasField("seed"):
-            seed = len(self.records)  # nobody asked for the same reply twice, so nobody gets it
+            seed = self._call_count  # nobody asked for the same reply twice, so nobody gets it
         return compose(request, model, script, seed=seed, limit=limit)
 
     def _describe(self, model: ScriptedModel) -> pb.Model:
@@ -667,6 +675,8 @@ async def _serve(arguments: argparse.Namespace, tracing: telemetry.Telemetry) ->
         def note(record: Record) -> None:
             if journal is not None:
                 journal.write(record.to_json() + "\n")
+            if len(engine.records) > _KEPT:  # nobody reads them here, and a soak makes a million
+                del engine.records[: _KEPT // 2]
 
         engine = ScriptedEngine(
             name=arguments.name,
@@ -739,8 +749,9 @@ def _parser() -> argparse.ArgumentParser:
         return frozenset(pb.Capability.Value(f"CAPABILITY_{name.upper()}") for name in names(text))
 
     def chaos(text: str) -> Chaos:
-        seed, _, rate = text.partition(":")
-        return Chaos(seed=int(seed), rate=float(rate))
+        seed, rate, *deltas = text.split(":")
+        chaos = Chaos(seed=int(seed), rate=float(rate))
+        return replace(chaos, deltas=int(deltas[0])) if deltas else chaos
 
     usual = Script()
     parser.add_argument("--address", default="127.0.0.1:0", help="address to listen on")
@@ -764,7 +775,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--unwind-delay", type=seconds, default=usual.unwind_delay)
     parser.add_argument("--ready-delay", type=seconds, default=0.0, help="time until health says SERVING")
     parser.add_argument("--fault", type=Fault.parse, help="such as UNAVAILABLE@3, STALL@before or EXIT@5x1")
-    parser.add_argument("--chaos", type=chaos, help="SEED:RATE, faults by chance")
+    parser.add_argument("--chaos", type=chaos, help="SEED:RATE or SEED:RATE:DELTAS, faults by chance")
     parser.add_argument("--journal", type=Path, help="file for a line of JSON whenever a call begins or ends")
     parser.add_argument("--raw", action="store_true", help="keep the engine's numbers, with their gaps")
     parser.add_argument("--otlp", default="", help="OTLP endpoint for traces")
