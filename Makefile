@@ -64,7 +64,7 @@ live: $(VENV)/.dev ## Runs the contract on real servers named by FOREBAY_OLLAMA_
 	$(PYTEST) -m live $(ARGS)
 
 soak: $(VENV)/.dev ## Runs the long simulations and fault runs.
-	FOREBAY_SOAK=1 $(PYTEST) -m soak --timeout=3600 $(ARGS)
+	$(PYTEST) -m soak -v -s --timeout=3600 $(ARGS)
 
 llama-server: $(VENV)/.dev ## Builds llama-server for the tests that use it: once, about ten minutes.
 	$(BIN)/python tests/llama.py build

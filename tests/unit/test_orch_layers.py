@@ -102,6 +102,15 @@ async def test_a_backend_that_fails_before_its_first_delta_is_replaced_unnoticed
     assert backends.times == [0.0, 0.0]
 
 
+@pytest.mark.parametrize("failure", [StreamInterrupted("x"), StreamStalled("x")])
+@virtual
+async def test_a_reply_that_broke_off_before_its_first_delta_is_begun_elsewhere(failure: Failure) -> None:
+    backends = Backends(a=[(STARTED, failure)], b=[GOOD])
+    sink = await serve(fallback(backends), ask(model="m"))
+    assert sink.kinds == ["started", "delta", "delta", "finished"]
+    assert [name for name, _ in backends.seen] == ["a", "b"]
+
+
 @pytest.mark.parametrize("failure", [BackendUnavailable("x"), BackendBusy("x"), BackendError("x")])
 @virtual
 async def test_after_the_first_delta_nothing_is_tried_again(failure: Failure) -> None:

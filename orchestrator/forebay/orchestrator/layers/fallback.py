@@ -57,6 +57,8 @@ _TELLING: tuple[type[Failure], ...] = (
     BrokenStream,
     BackendError,
     BackendUnavailable,
+    StreamInterrupted,
+    StreamStalled,
     Draining,
     # What was never tried, or could not have worked.
     BreakerOpen,
@@ -118,7 +120,9 @@ class Fallback:
         except Failure as failure:
             if gate.committed:
                 raise _after_commit(failure) from failure
-            if not failure.elsewhere and not _is_refusal(failure):
+            # A backend that broke off says that part of the reply was sent. The gate knows that none was.
+            is_unsent = isinstance(failure, StreamInterrupted | StreamStalled)
+            if not failure.elsewhere and not is_unsent and not _is_refusal(failure):
                 raise
             return failure
         return None
