@@ -24,6 +24,6 @@ async def test_a_million_completed_calls_leave_no_memory_behind(tmp_path: Path) 
     calls = int(os.environ.get("FOREBAY_SOAK_CALLS", "1000000"))
     # What is bounded is full by then: the conversations that affinity remembers are the most, 16,384.
     found = await memory_run.run(tmp_path, calls=calls, warm=20_000, progress=True)
-    print(f"{found.grown / MIB:+.1f} MiB after {found.calls:,} calls, at last {found.slope:+.1f} bytes a call")
+    print(f"{found.grown / MIB:+.1f} MiB after {found.calls:,} calls, at last {found.slope:+.1f} bytes each")
     assert found.grown <= 20 * MIB, found.samples
     assert found.slope * 1_000_000 <= 20 * MIB, found.samples

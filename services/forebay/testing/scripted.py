@@ -53,7 +53,6 @@ from forebay.testing.script import (
     model_of,
 )
 
-
 _KEPT = 1024
 """Records that a process keeps."""
 
