@@ -309,6 +309,7 @@ def assemble(
     backend: str,
     token_count: int | None,
     how: Plan = STORED,
+    lanes: int | None = None,
 ) -> tuple[EmbeddingService, EmbeddingEngine, Texts]:
     """Puts a worker for an embedding model together. Nothing is loaded yet.
 
@@ -319,13 +320,14 @@ def assemble(
         backend: name of the backend it belongs to.
         token_count: most tokens of a text. None is what the model takes.
         how: how weights are held.
+        lanes: parts of a batch that are computed at once; see `EmbeddingEngine`.
     """
     assert facts.recipe is not None
     recipe = facts.recipe
     most = recipe.token_count or token_count or DEFAULT_TOKEN_COUNT
     most = min(most, token_count) if token_count else most
     texts = Texts(path, most)
-    engine = EmbeddingEngine(lambda: load_embedder(path, recipe, how), longest=most)
+    engine = EmbeddingEngine(lambda: load_embedder(path, recipe, how), longest=most, lanes=lanes)
     served = Embeds(model_id=model_id, backend=backend, facts=facts, token_count=most, detail=how.reason)
     return EmbeddingService(served, engine, texts), engine, texts
 
