@@ -30,6 +30,9 @@ from forebay.mlx_service.worker.weights import STORED, Plan
 NORM_TOLERANCE = 1e-3
 """How far from 1 the length of a vector may be that counts as normalised."""
 
+SMALL = 10_000
+"""Numbers that are written into a response at once, in less time than another thread takes to begin."""
+
 DEFAULT_TOKEN_COUNT = 8192
 """Longest text of a model that does not say its own: more than most take."""
 
@@ -125,6 +128,8 @@ class EmbeddingService:
                 work.failures[index] = result
         if work.failures and (not request.allow_partial or len(work.failures) == len(work.texts)):
             raise _named(work.failures, len(work.texts))
+        if len(results) * self._engine.dimensions <= SMALL:
+            return self._response(work, results)
         return await asyncio.to_thread(self._response, work, results)
 
     async def count_tokens(self, call: Call[pb.CountTokensRequest]) -> pb.CountTokensResponse:
