@@ -91,7 +91,7 @@ def test_backends_and_default_model_that_are_configured_stay() -> None:
         ),
         ["mlx", "orchestrator"],
     )
-    assert made.programs[-1].env == {}
+    assert set(made.programs[-1].env) == {"FOREBAY_ORCHESTRATOR__PERFORMANCE__STATE_DIR"}
 
 
 def test_without_an_orchestrator_nobody_is_told_anything() -> None:
