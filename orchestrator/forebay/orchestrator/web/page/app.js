@@ -8,6 +8,7 @@ const SPAN = 5 * 60 * 1000;
 const SILENCE = 4000; // Events come twice a second; after this the connection is as good as lost.
 const RECENT = 200; // Ended requests that are kept.
 const SHOWN = 60; // Those that are on the page.
+const OUTCOMES = 3000; // Ended requests that count in the tiles and the charts.
 
 const $ = (id) => document.getElementById(id);
 
@@ -134,6 +135,7 @@ function reset(told) {
     backends: new Map(),
     samples: [],
     recent: [],
+    outcomes: [],
     active: [],
     queue: told.queue,
     totals: told.totals,
@@ -154,8 +156,18 @@ function take(told) {
     request.ended = request.created + request.elapsed * 1000;
     request.key = `${request.created}/${request.id}`;
     state.recent.unshift(request);
+    state.outcomes.push({
+      ended: request.ended,
+      began: request.created + (request.first ?? 0) * 1000,
+      // A cached reply tells nothing of how soon a backend begins.
+      first: request.cached ? null : request.first,
+      failed: request.phase === "failed",
+      backend: request.backend,
+      model: request.served || request.model,
+    });
   }
   state.recent.length = Math.min(state.recent.length, RECENT);
+  state.outcomes = state.outcomes.filter((each) => each.ended > state.now - SPAN).slice(-OUTCOMES);
 }
 
 const series = (backend) => Math.max(0, state.names.indexOf(backend)) % 6;
@@ -181,7 +193,7 @@ function showTiles() {
   if (queue.permits) $("tile-running").append(h("small", {}, ` of ${count(queue.permits)}`));
   const backends = [...state.backends.values()];
   const up = backends.filter((each) => each.state === "active").length;
-  put($("tile-running-more"), `${up} of ${backends.length} backends active`);
+  put($("tile-running-more"), `${up} of ${backends.length} backends up`);
   const waiting = queue.interactive + queue.normal + queue.batch;
   put($("tile-waiting"), waiting);
   const kinds = [["interactive", queue.interactive], ["normal", queue.normal], ["batch", queue.batch]];
@@ -189,12 +201,12 @@ function showTiles() {
   if (queue.oldest !== null) parts.push(`oldest ${duration(queue.oldest)}`);
   else if (queue.expected !== null) parts.push(queue.expected < 0.05 ? "no wait expected" : `${duration(queue.expected)} expected`);
   put($("tile-waiting-more"), parts.join(" · "));
-  const lately = state.recent.filter((each) => each.ended > state.now - SPAN);
-  const firsts = lately.filter((each) => each.first !== null && !each.cached).map((each) => each.first);
+  const lately = state.outcomes;
+  const firsts = lately.filter((each) => each.first !== null).map((each) => each.first);
   put($("tile-first"), duration(median(firsts)));
   const slow = [...firsts].sort((one, other) => one - other)[Math.min(firsts.length - 1, Math.floor(firsts.length * 0.95))];
   put($("tile-first-more"), firsts.length ? `95 % within ${duration(slow)}` : "in the last five minutes");
-  const failed = lately.filter((each) => each.phase === "failed").length;
+  const failed = lately.filter((each) => each.failed).length;
   put($("tile-failed"), failed);
   $("tile-failed").className = failed ? "figure bad" : "figure";
   put($("tile-failed-more"), `of ${lately.length} lately · ${count(totals.failed)} of ${count(totals.requests)} in all`);
@@ -215,17 +227,16 @@ function smooth(samples) {
 
 function showCharts() {
   const { now, samples } = state;
-  const marks = state.recent
-    .filter((each) => each.first !== null && !each.cached && each.ended > now - SPAN)
-    .map((each) => ({
-      ms: each.created + each.first * 1000,
-      value: each.first,
-      series: series(each.backend),
-      text: `${duration(each.first)} · ${each.served || each.model} on ${each.backend}`,
-    }));
+  const begun = state.outcomes.filter((each) => each.first !== null);
+  const marks = begun.map((each) => ({
+    ms: each.began,
+    value: each.first,
+    series: series(each.backend),
+    text: `${duration(each.first)} · ${each.model} on ${each.backend}`,
+  }));
   const middle = duration(median(marks.map((each) => each.value)));
   charts.first.show(now, { marks, summary: marks.length ? `${marks.length} replies, median ${middle}` : "No replies" });
-  const seen = [...new Set(state.recent.filter((each) => each.first !== null && !each.cached).map((each) => each.backend))];
+  const seen = [...new Set(begun.map((each) => each.backend))];
   legend($("legend-first"), seen.sort().map((name) => [name, series(name)]));
   const last = samples.at(-1) ?? [0, 0, 0, 0];
   charts.rate.show(now, {
