@@ -1,4 +1,4 @@
-"""Pictures of the dashboard for the docs: `python tests/screenshots.py [--seconds 310] [--out docs/images]`.
+"""Pictures for the docs: `python tests/screenshots.py [--seconds 310] [--out docs/images]`.
 
 Scripted backends play an afternoon: people chat, batches run, one backend is
 lost and comes back, another fails a request, and one is drained at the end.
@@ -10,6 +10,7 @@ import argparse
 import asyncio
 import contextlib
 import random
+import re
 import tempfile
 from pathlib import Path
 
@@ -18,6 +19,8 @@ from opentelemetry.sdk.trace import TracerProvider
 
 from browser import Page, browsing
 from contract.orchestrator_mesh import Mesh
+from forebay.cli.client import connected
+from forebay.cli.top.screen import Top
 from forebay.fleet.v1 import fleet_pb2
 from forebay.inference.v1 import inference_pb2 as pb
 from forebay.kit.telemetry import Telemetry
@@ -163,10 +166,23 @@ async def main(seconds: float, out: Path) -> None:
             await page.dress(width=WIDTH, height=HEIGHT, scheme="dark")
             await page.open(str(url))
             await asyncio.sleep(seconds)
+            await shoot_terminal(mesh, out)
             await shoot(page, mesh, out)
             traffic.cancel()
             await asyncio.wait([traffic])
             print("\n".join(page.complaints) or "the browser has nothing to complain of")
+
+
+async def shoot_terminal(mesh: Mesh, out: Path) -> None:
+    async with connected(mesh.address) as client:
+        top = Top(client, interval=0.5)
+        async with top.run_test(size=(132, 38)) as pilot:
+            await asyncio.sleep(20)
+            await pilot.press("1")
+            await pilot.pause(0.5)
+            # Without the fonts it would fetch from elsewhere: every monospaced one will do.
+            picture = re.sub(r"@font-face \{.*?\}", "", top.export_screenshot(), flags=re.DOTALL)
+            (out / "top.svg").write_text(picture)
 
 
 async def shoot(page: Page, mesh: Mesh, out: Path) -> None:
