@@ -17,7 +17,7 @@ from pathlib import Path
 import grpc.aio
 from opentelemetry.sdk.trace import TracerProvider
 
-from browser import Page, browsing
+from browser import Browser, Page
 from contract.orchestrator_mesh import Mesh
 from forebay.cli.client import connected
 from forebay.cli.top.screen import Top
@@ -152,7 +152,7 @@ class Afternoon:
 async def main(seconds: float, out: Path) -> None:
     out.mkdir(parents=True, exist_ok=True)
     provider = TracerProvider(shutdown_on_exit=False)  # for trace identifiers, which lead nowhere
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder, Browser() as browser:
         mesh = Mesh(
             Path(folder),
             *engines(),
@@ -161,7 +161,7 @@ async def main(seconds: float, out: Path) -> None:
             web_address="127.0.0.1:0",
             trace_url="http://127.0.0.1:16686/trace/{trace_id}",
         )
-        async with mesh, mesh.orchestrator.dashboard() as url, browsing() as page:
+        async with mesh, mesh.orchestrator.dashboard() as url, browser.page() as page:
             traffic = asyncio.create_task(Afternoon(mesh).run())
             await page.dress(width=WIDTH, height=HEIGHT, scheme="dark")
             await page.open(str(url))

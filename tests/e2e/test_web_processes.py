@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import socket
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from browser import Page, browsing, executable
+from browser import Browser, Page, executable
 from forebay.testing.processes import ServiceProcess
 
 pytestmark = pytest.mark.skipif(executable() is None, reason="no Chromium: apt install chromium")
@@ -35,12 +36,21 @@ def orchestrator(folder: Path, *, web: str, backend: str) -> ServiceProcess:
     return ServiceProcess("forebay.orchestrator", ["--config", str(config)])
 
 
-async def test_killed_and_frozen_processes_are_seen_and_their_return_too(tmp_path: Path) -> None:
+@pytest.fixture
+def browser() -> Iterator[Browser]:
+    with Browser() as running:
+        yield running
+
+
+@pytest.mark.soak
+async def test_killed_and_frozen_processes_are_seen_and_their_return_too(
+    tmp_path: Path, browser: Browser
+) -> None:
     web, path = free(), f"{tmp_path}/b"
     async with (
         backend(f"unix:{path}") as served,
         orchestrator(tmp_path, web=web, backend=f"unix:{path}") as orchestrating,
-        browsing() as page,
+        browser.page() as page,
     ):
         await page.open(f"http://{web}/")
         await page.until(f"{STATE} === 'Active'")
