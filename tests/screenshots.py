@@ -128,7 +128,7 @@ class Afternoon:
     async def _batches(self, group: asyncio.TaskGroup) -> None:
         while True:
             await asyncio.sleep(26)
-            for _ in range(14):
+            for _ in range(8):
                 request = with_options(ask("batch", model="mistral-small-24b"), token_count=50)
                 request.routing.priority = pb.PRIORITY_BATCH
                 group.create_task(self._ask(request))
@@ -192,7 +192,7 @@ async def shoot(page: Page, mesh: Mesh, out: Path) -> None:
     moved.routing.backends.extend(["mlx", "ollama"])
     await mesh.generate(moved)
     await asyncio.sleep(3)
-    await page.until("document.querySelectorAll('#live tr').length >= 3")
+    await page.until("document.querySelectorAll('#live tr').length >= 4")
     await page.picture(out / "dashboard-dark.png")
     await page.dress(width=WIDTH, height=HEIGHT, scheme="light")
     await asyncio.sleep(0.6)

@@ -167,12 +167,16 @@ class Dashboard:
         watch = self._activity.watch(most_active=_MOST_ACTIVE)
         samples, seen = self._history.since(0)
         kind = "hello"
-        more: dict[str, Json] = {"trace_url": self._settings.trace_url, "names": list(self._fleet.names)}
-        with self._fleet.feed.watch(self._fleet.names) as changes:
+        more: dict[str, Json] = {"trace_url": self._settings.trace_url}
+        fleet = self._fleet
+        with fleet.feed.watch(fleet.names) as changes:
             while not self._closing.is_set():
                 told = view.activity(watch.look()) | more
                 told["samples"] = samples
-                told["backends"] = view.backends(self._fleet[name].to_proto() for name in changes.take())
+                names = fleet.names  # a reload of the configuration changes them
+                told["names"] = list(names)
+                changed = [name for name in changes.take() if name in names]
+                told["backends"] = view.backends(fleet[name].to_proto() for name in changed)
                 async with asyncio.timeout(STUCK):
                     await response.write(b"event: %b\ndata: %b\n\n" % (kind.encode(), orjson.dumps(told)))
                 with contextlib.suppress(TimeoutError):

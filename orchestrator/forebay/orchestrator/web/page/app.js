@@ -60,6 +60,11 @@ function duration(seconds) {
   return `${Math.floor(seconds / 86400)} d ${Math.floor((seconds % 86400) / 3600)} h`;
 }
 
+/** Whole seconds and more, for what goes on and would flicker. */
+function lasting(seconds) {
+  return seconds < 60 ? `${Math.max(0, Math.floor(seconds))} s` : duration(seconds);
+}
+
 function count(number) {
   if (number < 10000) return String(number);
   const [size, unit] = number < 1e6 ? [1e3, "k"] : number < 1e9 ? [1e6, "M"] : [1e9, "G"];
@@ -131,7 +136,6 @@ function reset(told) {
   Object.assign(state, {
     now: told.t,
     traceUrl: told.trace_url,
-    names: told.names,
     backends: new Map(),
     samples: [],
     recent: [],
@@ -148,7 +152,7 @@ function take(told) {
   state.totals = told.totals;
   state.active = told.active;
   for (const backend of told.backends) state.backends.set(backend.name, backend);
-  for (const name of state.backends.keys()) if (!state.names.includes(name)) state.names.push(name);
+  state.names = told.names;
   state.samples.push(...told.samples);
   const begin = state.now - SPAN - 5000;
   while (state.samples.length && state.samples[0][0] < begin) state.samples.shift();
@@ -310,7 +314,7 @@ function showBackend(card, backend) {
   put(nodes.name, backend.name);
   put(nodes.framework, [backend.framework === backend.name ? "" : backend.framework, backend.address].filter(Boolean).join(" · "));
   const lasts = (state.now - backend.since) / 1000;
-  pill(nodes.mark, [colour, backend.state === "active" ? text : `${text} for ${duration(Math.max(0, Math.floor(lasts)))}`]);
+  pill(nodes.mark, [colour, backend.state === "active" ? text : `${text} for ${lasting(lasts)}`]);
   nodes.why.hidden = !backend.detail;
   put(nodes.why, backend.detail);
   put(nodes.active, backend.slots ? `${backend.active} of ${backend.slots}` : backend.active);
@@ -322,7 +326,7 @@ function showBackend(card, backend) {
   meter(nodes.memory, ...memoryOf(backend));
   nodes.breakers.hidden = !backend.breakers.length;
   sync(nodes.breakers, backend.breakers, (each) => each.model, () => h("li"), (node, each) => {
-    const next = each.remaining === null ? "" : `, next try in ${duration(Math.ceil(each.remaining))}`;
+    const next = each.remaining === null ? "" : `, next try in ${lasting(Math.ceil(each.remaining))}`;
     put(node, `Breaker ${each.model ? `of ${each.model} ` : ""}is ${each.state.replace("_", "-")}: ${each.reason || "calls failed"}${next}`);
   });
   showModels(nodes.models, backend);
@@ -571,7 +575,7 @@ function connect() {
 
 setInterval(() => {
   if (link.source && Date.now() - link.heard > SILENCE) lose();
-  if (link.lostAt) put($("lost-text"), `Trying again, since ${duration(Math.floor((Date.now() - link.lostAt) / 1000))}. What is below was true then.`);
+  if (link.lostAt) put($("lost-text"), `Trying again, for ${lasting((Date.now() - link.lostAt) / 1000)}. What is below was true then.`);
 }, 500);
 
 connect();
