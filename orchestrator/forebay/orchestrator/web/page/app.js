@@ -313,6 +313,7 @@ function showBackend(card, backend) {
   card.className = `backend ${colour}`;
   put(nodes.name, backend.name);
   put(nodes.framework, [backend.framework === backend.name ? "" : backend.framework, backend.address].filter(Boolean).join(" · "));
+  nodes.framework.title = nodes.framework.textContent;
   const lasts = (state.now - backend.since) / 1000;
   pill(nodes.mark, [colour, backend.state === "active" ? text : `${text} for ${lasting(lasts)}`]);
   nodes.why.hidden = !backend.detail;
