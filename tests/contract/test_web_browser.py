@@ -144,7 +144,7 @@ async def test_names_that_others_chose_are_text_and_never_code(tmp_path: Path, p
         await page.until("document.querySelector('#live .pill')?.textContent === 'Writing'")
         stream.cancel()
         with pytest.raises(grpc.aio.AioRpcError):
-            await mesh.generate(ask(model=HOSTILE + HOSTILE))
+            await mesh.generate(ask(model=f"{HOSTILE}, which nobody has"))
         await page.until("document.querySelectorAll('#recent .entry').length === 2")
         for button in range(2):
             await page.look(f"document.querySelectorAll('.why-button')[{button}].click()")
