@@ -73,6 +73,10 @@ def main() -> int:
     parser.add_argument("--default-max-tokens", type=int)
     parser.add_argument("--prefix-cache", type=int)
     parser.add_argument("--memory-ceiling", type=int)
+    parser.add_argument("--memory-reserve", type=int)
+    parser.add_argument("--prefill-chunk", type=int)
+    parser.add_argument("--cache-limit", type=int)
+    parser.add_argument("--wired-limit", type=int)
     parser.add_argument("--isolate-callers", action="store_true")
     arguments = parser.parse_args()
     with (arguments.model / "starts").open("a") as starts:

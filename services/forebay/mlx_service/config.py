@@ -55,11 +55,24 @@ class MlxSettings(ServerSettings):
     keep_alive: Duration = Field(
         timedelta(0), description="A model unused for this long leaves memory. 0 keeps it."
     )
-    max_rows: int = Field(
-        8,
+    max_rows: int | None = Field(
+        None,
         ge=1,
         le=64,
-        description="Most replies one model generates at once. Beyond 8 they slow each other down.",
+        description="Most replies one model generates at once. Default: what was measured here, else by the "
+        "machine: 8, or 4 on a small Mac. `forebay mlx doctor` shows it.",
+    )
+    prefill_chunk_token_count: int | None = Field(
+        None,
+        ge=16,
+        le=4096,
+        description="Most tokens of a prompt read in one step. A model for which such a step takes more than "
+        "half a second reads fewer. Default: as for `max_rows`.",
+    )
+    profile_file: Path | None = Field(
+        None,
+        description="File that `forebay mlx bench --write` writes and the service reads. Default: "
+        "mlx-profile.json in `cache_dir`.",
     )
     context_token_count: int | None = Field(
         None,
@@ -79,8 +92,26 @@ class MlxSettings(ServerSettings):
         None,
         ge=1,
         description="Memory that each model's weights and requests may take. What could exceed it is "
-        "refused. Default: the machine's memory but 35 %, of that at least 2 GiB and at most 12 GiB, and no "
-        "more than 95 % of what Metal recommends.",
+        "refused. Default: the machine's memory but `memory_reserve`, and no more than 95 % of what Metal "
+        "recommends.",
+    )
+    memory_reserve: ByteSize | None = Field(
+        None,
+        ge=0,
+        description="Memory that is left to everything else. Default: 35 % of the machine's, at least 2 GiB "
+        "and at most 12 GiB.",
+    )
+    cache_limit: ByteSize | None = Field(
+        None,
+        ge=0,
+        description="Freed memory that MLX keeps for its next step, in each worker. Default: 5 % of the "
+        "machine's memory, at least 512 MiB and at most 4 GiB.",
+    )
+    wired_limit: ByteSize | None = Field(
+        None,
+        ge=0,
+        description="Memory of each worker that macOS may not page out. Default: 0, which leaves it alone: "
+        "wired memory and several requests at once have panicked macOS kernels. Does nothing without Metal.",
     )
 
     load_timeout: Duration = Field(

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 from pathlib import Path
 
 from forebay.kit import process
 from forebay.kit.server import Serving, serving
 from forebay.kit.telemetry import Telemetry
+from forebay.mlx_service import machine, tuning
 from forebay.mlx_service.config import MlxSettings
 from forebay.mlx_service.front import MlxEngine
 from forebay.mlx_service.process import Launcher
 from forebay.mlx_service.registry import Imports, Registry, Root, hub_cache_dir
 from forebay.mlx_service.supervisor import Supervisor
+
+logger = logging.getLogger(__name__)
 
 
 async def serve(settings: MlxSettings, telemetry: Telemetry) -> None:
@@ -21,6 +25,7 @@ async def serve(settings: MlxSettings, telemetry: Telemetry) -> None:
     A model of the start that cannot be loaded does not keep the service from
     serving the others; it is listed with its reason.
     """
+    settings = await asyncio.to_thread(tuned, settings)
     launcher = Launcher(
         name=settings.name, arguments=worker_arguments(settings), grace=settings.stop_grace.total_seconds()
     )
@@ -52,6 +57,16 @@ async def _start(engine: MlxEngine, server: Serving) -> None:
     await server.set_ready(True)
 
 
+def tuned(settings: MlxSettings) -> MlxSettings:
+    """Returns the settings with what suits this machine where nothing is configured."""
+    profile = tuning.choose(machine.probe(), settings)
+    for complaint in profile.complaints:
+        logger.warning("%s", complaint)
+    found = ", ".join(f"{name} {each.value} ({each.source.value})" for name, each in profile.values().items())
+    logger.info("profile %s: %s", profile.name, found)
+    return profile.apply(settings)
+
+
 def roots(settings: MlxSettings) -> list[Root]:
     """Returns where models are looked for; of two with one name the earlier is served."""
     found = [Root(path=path.expanduser(), required=True) for path in settings.model_folders]
@@ -67,8 +82,16 @@ def hub_folder(settings: MlxSettings) -> Path:
 
 def worker_arguments(settings: MlxSettings) -> list[str]:
     """Returns the command-line arguments that all workers get."""
-    arguments = ["--max-rows", str(settings.max_rows)]
-    arguments += ["--prefix-cache", str(settings.prefix_cache_bytes)]
+    arguments = ["--prefix-cache", str(settings.prefix_cache_bytes)]
+    for flag, value in (
+        ("--max-rows", settings.max_rows),
+        ("--prefill-chunk", settings.prefill_chunk_token_count),
+        ("--cache-limit", settings.cache_limit),
+        ("--memory-reserve", settings.memory_reserve),
+        ("--wired-limit", settings.wired_limit),
+    ):
+        if value is not None:
+            arguments += [flag, str(value)]
     if settings.memory_ceiling is not None:
         arguments += ["--memory-ceiling", str(settings.memory_ceiling)]
     if settings.auth_token_digests or settings.tls_client_roots is not None:

@@ -93,7 +93,9 @@ async def _serve(options: argparse.Namespace, settings: ServerSettings, tracing:
         facts = describe(path)
     except NotAModelError as error:
         raise ModelLoadFailed(str(error)) from error
-    ceiling = options.memory_ceiling or default_ceiling(psutil.virtual_memory().total, metal_memory())
+    ceiling = options.memory_ceiling or default_ceiling(
+        psutil.virtual_memory().total, metal_memory(), reserve=options.memory_reserve
+    )
     if facts.disk_bytes > ceiling:
         raise ModelLoadFailed(
             f"{path.name}: its weights take {facts.disk_bytes} bytes and memory_ceiling is {ceiling}"
@@ -132,6 +134,9 @@ def _chat(
         queue_rows=options.queue,
         prefixes=PrefixCache(max_bytes=options.prefix_cache) if options.prefix_cache else None,
         ceiling=ceiling,
+        prefill_most=options.prefill_chunk,
+        freed_bytes=options.cache_limit,
+        wired_bytes=options.wired_limit,
     )
     served = Served(
         model_id=options.model_id,
@@ -272,6 +277,14 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--memory-ceiling", type=int, help="bytes that weights and requests may take; else by the machine's"
     )
+    parser.add_argument("--memory-reserve", type=int, help="bytes left to others; else by the machine's")
+    parser.add_argument(
+        "--prefill-chunk", type=int, default=512, help="most tokens of a prompt read in one step"
+    )
+    parser.add_argument(
+        "--cache-limit", type=int, default=2 << 30, help="bytes of freed memory that mlx keeps"
+    )
+    parser.add_argument("--wired-limit", type=int, default=0, help="bytes not to be paged out; 0 wires none")
     parser.add_argument(
         "--isolate-callers", action="store_true", help="keep each caller's prompts apart in the prefix cache"
     )
