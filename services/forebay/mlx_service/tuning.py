@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from datetime import datetime
 from enum import Enum
 from pathlib import Path
+from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -105,7 +106,7 @@ class Measured(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="ignore")
 
-    version: int = Field(1, ge=1, le=1)
+    version: Literal[1] = 1
     chip: str
     memory_bytes: int
     model: str
@@ -264,6 +265,5 @@ def _reserve(machine: Machine) -> Value:
 _WIRED = Value(
     0,
     Source.CLASS,
-    "never set by itself: wired memory and several replies at once have panicked macOS kernels. "
-    '`wired_limit = "16GiB"` under [mlx] keeps a model from being paged out',
+    "never by itself: with several replies at once it has panicked macOS kernels",
 )
