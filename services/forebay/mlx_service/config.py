@@ -26,6 +26,14 @@ class MlxSettings(ServerSettings):
         description="Whether models in the Hugging Face cache are served too, and models of the hub are "
         "fetched into it. Otherwise they are kept apart, in `cache_dir`.",
     )
+    ollama_models: bool = Field(
+        True,
+        description="Whether GGUF models that Ollama has fetched are served too, under their names there. "
+        "Nothing of Ollama's is changed.",
+    )
+    ollama_folder: Path | None = Field(
+        None, description="Ollama's models folder. Default: OLLAMA_MODELS, else ~/.ollama/models."
+    )
     cache_dir: Path = Field(
         default_factory=default_cache_dir,
         description="Folder for fetched and converted models. Default: the user's cache folder; "

