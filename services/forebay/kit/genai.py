@@ -110,8 +110,17 @@ class Watched:
 
     async def __call__(self, event: Event) -> None:
         """Notes an event and passes it on."""
-        self.note(event)
         assert self._send is not None, "an answer that is only noted is not sent"
+        # A delta after the first, of which there are thousands a second, is noted in as few steps as can be.
+        if (
+            self.first_delta is not None
+            and isinstance(event, pb.GenerateResponse)
+            and event.HasField("delta")
+        ):
+            self._last_delta = self._clock() - self.began
+            self._token_count += event.delta.token_count
+        else:
+            self.note(event)
         await self._send(event)
 
     def note(self, event: Event) -> None:
@@ -273,7 +282,9 @@ def requested(
         framework: returns the framework behind a backend.
     """
     request = call.request
-    attributes = request_attributes(request) | {"forebay.request.id": call.request_id}
+    attributes: dict[str, str | bool | int | float] = {}
+    if telemetry.enabled:
+        attributes = request_attributes(request) | {"forebay.request.id": call.request_id}
     name = f"{operation(request)} {model_name(request.model)}"
     ending = Ending()
     with traced(telemetry.tracer, name, SpanKind.CLIENT, attributes) as span:
@@ -320,15 +331,17 @@ def attempted(
         address: where it listens.
     """
     method = f"forebay.inference.v1.InferenceService/{_METHODS[type(call.request)]}"
-    attributes = {
-        "rpc.system.name": "grpc",
-        "rpc.method": method,
-        "gen_ai.request.model": model_name(call.request.model),
-        "forebay.request.id": call.request_id,
-        "forebay.attempt": len(call.tried) + 1,
-        "forebay.backend": backend,
-        **_place(address),
-    }
+    attributes: dict[str, str | int] = {}
+    if telemetry.enabled:
+        attributes = {
+            "rpc.system.name": "grpc",
+            "rpc.method": method,
+            "gen_ai.request.model": model_name(call.request.model),
+            "forebay.request.id": call.request_id,
+            "forebay.attempt": len(call.tried) + 1,
+            "forebay.backend": backend,
+            **_place(address),
+        }
     ending = Ending()
     found = telemetry.metrics
     with traced(telemetry.tracer, method, SpanKind.CLIENT, attributes) as span:

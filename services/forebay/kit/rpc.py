@@ -256,10 +256,11 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
             numbered = cast("pb.GenerateResponse", event)
             numbered.sequence = sequence
             sequence += 1
-            queued = numbered.progress.stage == pb.Progress.STAGE_QUEUED
-            if queued != is_waiting:
-                is_waiting = queued
-                await waits(queued)
+            if is_waiting or numbered.HasField("progress"):
+                queued = numbered.progress.stage == pb.Progress.STAGE_QUEUED
+                if queued != is_waiting:
+                    is_waiting = queued
+                    await waits(queued)
             await write(context, numbered)
 
         async with (

@@ -18,7 +18,7 @@ from referencing.exceptions import Unresolvable
 from forebay.inference.v1 import inference_pb2 as pb
 from forebay.kit.failure import FormatViolated, InvalidRequest, PromptTruncated
 from forebay.kit.pipeline import Call, Event, Request, Send, Service
-from forebay.orchestrator.routing.classify import classify
+from forebay.orchestrator.routing.classify import MOST_CHARACTERS_PER_TOKEN, classify
 
 _FIELD = "output_format.json_schema"
 
@@ -63,9 +63,7 @@ class _Check:
     def __init__(self, request: pb.GenerateRequest, send: Send) -> None:
         accepted = request.accepted_degradations
         self._send = send
-        self._least_tokens = 0
-        if pb.DEGRADATION_KIND_PROMPT_TRUNCATED not in accepted:
-            self._least_tokens = classify(request).least_tokens
+        self._request = request
         self._fault: Fault | None = None
         if pb.DEGRADATION_KIND_FORMAT_NOT_ENFORCED not in accepted:
             self._fault = _fault_of(request.output_format)
@@ -96,14 +94,15 @@ class _Check:
 
     def _check(self, finished: pb.Finished) -> None:
         read = finished.usage.prompt_token_count
-        if 0 < read < self._least_tokens:
+        least = self._least_tokens(read)
+        if 0 < read < least:
             raise PromptTruncated(
                 f"backend {self._backend} read {read} tokens of a prompt that has at least "
-                f"{self._least_tokens}; load the model with a larger context",
+                f"{least}; load the model with a larger context",
                 metadata={
                     "backend": self._backend,
                     "prompt_token_count": str(read),
-                    "least_token_count": str(self._least_tokens),
+                    "least_token_count": str(least),
                 },
             )
         # A reply that was cut by a limit or turned into tool calls says so itself.
@@ -121,6 +120,16 @@ class _Check:
                 f"the reply of backend {self._backend} violates {keyword!r} of the format that was asked for",
                 metadata={"backend": self._backend, "keyword": keyword},
             )
+
+    def _least_tokens(self, read: int) -> int:
+        """Returns how many tokens must have been read; 0 where they certainly were, or need not be."""
+        request = self._request
+        # A character is a byte at least, so most replies need no count of the characters.
+        if read * MOST_CHARACTERS_PER_TOKEN >= request.ByteSize():
+            return 0
+        if pb.DEGRADATION_KIND_PROMPT_TRUNCATED in request.accepted_degradations:
+            return 0
+        return classify(request).least_tokens
 
 
 def _fault_of(output_format: pb.OutputFormat) -> Fault | None:
