@@ -10,6 +10,7 @@ from pydantic import Field, model_validator
 from forebay.kit.config import Address, ByteSize, Duration, ServerSettings
 from forebay.mlx_service.default_model import DEFAULT_MODEL
 from forebay.mlx_service.fetch import default_cache_dir
+from forebay.mlx_service.shards import ShardSettings
 
 
 class MlxSettings(ServerSettings):
@@ -41,6 +42,11 @@ class MlxSettings(ServerSettings):
     )
     aliases: dict[str, str] = Field(
         {}, description="Other names for models: name = identifier. A name may be another model's."
+    )
+    shards: dict[str, ShardSettings] = Field(
+        {},
+        description="Models that several machines share, by identifier. Experimental. No prefixes are kept "
+        "of them.",
     )
     default_model: str = Field(
         DEFAULT_MODEL.id, description="Model that `preload` starts with. Empty has none."

@@ -176,6 +176,7 @@ class Launcher:
         arguments: command-line arguments that all workers get.
         grace: seconds a worker may take to end before it is killed.
         command: program that is a worker.
+        more: returns the arguments that the worker of one model gets besides.
     """
 
     def __init__(
@@ -185,7 +186,9 @@ class Launcher:
         arguments: Sequence[str] = (),
         grace: float,
         command: Sequence[str] = (sys.executable, "-m", "forebay.mlx_service.worker"),
+        more: Callable[[str], Sequence[str]] = lambda model_id: (),
     ) -> None:
+        self._more = more
         self._name = name
         self._arguments = tuple(arguments)
         self._grace = grace
@@ -243,7 +246,7 @@ class Launcher:
         argv += ["--address", f"unix:{socket}", "--name", self._name, *self._arguments]
         if spec.context_token_count is not None:
             argv += ["--context", str(spec.context_token_count)]
-        return argv
+        return [*argv, *self._more(spec.model_id)]
 
 
 def _private_folder() -> Path:

@@ -28,7 +28,10 @@ async def serve(settings: MlxSettings, telemetry: Telemetry) -> None:
     """
     settings = await asyncio.to_thread(tuned, settings)
     launcher = Launcher(
-        name=settings.name, arguments=worker_arguments(settings), grace=settings.stop_grace.total_seconds()
+        name=settings.name,
+        arguments=worker_arguments(settings),
+        grace=settings.stop_grace.total_seconds(),
+        more=lambda model_id: shard_arguments(settings, model_id),
     )
     try:
         async with (
@@ -82,6 +85,12 @@ def roots(settings: MlxSettings) -> list[Root]:
 def hub_folder(settings: MlxSettings) -> Path:
     """Returns where models of the hub are kept: with those of other programs, or apart from them."""
     return hub_cache_dir() if settings.huggingface_cache else settings.cache_dir / "hub"
+
+
+def shard_arguments(settings: MlxSettings, model_id: str) -> list[str]:
+    """Returns the command-line arguments of a model's worker if several machines share the model."""
+    shards = settings.shards.get(model_id)
+    return [] if shards is None else ["--shards", shards.model_dump_json()]
 
 
 def worker_arguments(settings: MlxSettings) -> list[str]:

@@ -76,6 +76,13 @@ Loader: TypeAlias = Callable[[], tuple[object, Collection[int]]]
 """Loads a model on the engine's thread. Returns it and the tokens that end a reply."""
 
 
+class NewBatch(Protocol):
+    """Makes an empty batch. See `Batch`."""
+
+    def __call__(self, model: object, /, *, rows: int, prefill_step: int, end_tokens: Sequence[int]) -> Batch:
+        """Returns the batch."""
+
+
 class Constraint(Protocol):
     """What a row's tokens must follow, such as a grammar."""
 
@@ -269,6 +276,7 @@ class Engine:
         prefill_most: most tokens of a prompt read in one step, however fast the device is.
         freed_bytes: freed memory that mlx may hold for the next step.
         wired_bytes: memory that macOS may not page out. 0 wires none.
+        new_batch: makes an empty batch of rows.
     """
 
     def __init__(
@@ -283,7 +291,9 @@ class Engine:
         prefill_most: int = PREFILL_MOST,
         freed_bytes: int = FREED_BYTES,
         wired_bytes: int = 0,
+        new_batch: NewBatch = Batch,
     ) -> None:
+        self._make_batch = new_batch
         self._load = load
         self._prefill_most = prefill_most
         self._freed_bytes = freed_bytes
@@ -492,7 +502,7 @@ class Engine:
         return Lanes(self._new_batch, shared_step=self._shared_step)
 
     def _new_batch(self) -> Batch:
-        return Batch(
+        return self._make_batch(
             self._model,
             rows=self._rows,
             prefill_step=self._prefill_step or PREFILL_STEPS[0],

@@ -14,7 +14,8 @@ import logging
 import os
 import stat
 import sys
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import cast
 
@@ -29,16 +30,20 @@ from forebay.kit.metrics import Metrics
 from forebay.kit.server import Serving, StartError, serving
 from forebay.kit.telemetry import Telemetry, TelemetrySettings
 from forebay.mlx_service.models.describe import ModelFacts, NotAModelError, describe
+from forebay.mlx_service.shards import ShardSettings
+from forebay.mlx_service.worker.batch import Batch
 from forebay.mlx_service.worker.embedding.engine import EmbeddingEngine
 from forebay.mlx_service.worker.embedding.service import assemble
 from forebay.mlx_service.worker.embedding.texts import Texts
-from forebay.mlx_service.worker.engine import Engine, EngineStats
+from forebay.mlx_service.worker.engine import Engine, EngineStats, NewBatch
+from forebay.mlx_service.worker.followers import Followers, end_with
 from forebay.mlx_service.worker.grammar import Grammars
 from forebay.mlx_service.worker.load import load_weights
 from forebay.mlx_service.worker.memory import default_ceiling, metal_memory
 from forebay.mlx_service.worker.prefix_cache import PrefixCache
 from forebay.mlx_service.worker.runtime import leave_thread
 from forebay.mlx_service.worker.service import Served, WorkerService
+from forebay.mlx_service.worker.sharding import Leader
 from forebay.mlx_service.worker.words import Words
 
 log = logging.getLogger(__name__)
@@ -96,7 +101,7 @@ async def _serve(options: argparse.Namespace, settings: ServerSettings, tracing:
     ceiling = options.memory_ceiling or default_ceiling(
         psutil.virtual_memory().total, metal_memory(), reserve=options.memory_reserve
     )
-    if facts.disk_bytes > ceiling:
+    if facts.disk_bytes > ceiling * (len(options.shards.hosts) if options.shards else 1):
         raise ModelLoadFailed(
             f"{path.name}: its weights take {facts.disk_bytes} bytes and memory_ceiling is {ceiling}"
         )
@@ -128,11 +133,18 @@ def _chat(
     """Puts together what generates text."""
     path: Path = options.model
     words = Words(path)
+    load: Callable[[], object] = partial(load_weights, path)
+    new_batch: NewBatch = Batch
+    if options.shards:
+        leader = _leader(options)
+        load, new_batch = partial(leader.load, path, options.shards.kind), leader.new_batch
+    is_kept = options.prefix_cache and not options.shards  # each rank has a part of what attention holds
     engine = Engine(
-        lambda: (load_weights(path), words.language.end_tokens),
+        lambda: (load(), words.language.end_tokens),
         rows=options.max_rows,
         queue_rows=options.queue,
-        prefixes=PrefixCache(max_bytes=options.prefix_cache) if options.prefix_cache else None,
+        prefixes=PrefixCache(max_bytes=options.prefix_cache) if is_kept else None,
+        new_batch=new_batch,
         ceiling=ceiling,
         prefill_most=options.prefill_chunk,
         freed_bytes=options.cache_limit,
@@ -148,6 +160,22 @@ def _chat(
         isolates_callers=options.isolate_callers,
     )
     return WorkerService(served, engine, words, Grammars(words)), engine, words
+
+
+def _leader(options: argparse.Namespace) -> Leader:
+    """Puts together what runs the model with the other ranks."""
+    followers = Followers(
+        options.shards,
+        options.model,
+        cache_limit=options.cache_limit,
+        on_end=end_with(EX_LOAD, process.EX_SOFTWARE),
+    )
+
+    def start() -> Sequence[str]:
+        followers.start()
+        return followers.addresses
+
+    return Leader(followers.tell, start)
 
 
 def _embedding(
@@ -276,6 +304,9 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument(
         "--memory-ceiling", type=int, help="bytes that weights and requests may take; else by the machine's"
+    )
+    parser.add_argument(
+        "--shards", type=ShardSettings.model_validate_json, help="how the model is shared, as JSON"
     )
     parser.add_argument("--memory-reserve", type=int, help="bytes left to others; else by the machine's")
     parser.add_argument(
