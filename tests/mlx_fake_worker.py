@@ -75,6 +75,7 @@ def main() -> int:
     parser.add_argument("--memory-ceiling", type=int)
     parser.add_argument("--memory-reserve", type=int)
     parser.add_argument("--shards")
+    parser.add_argument("--smg", action="store_true")
     parser.add_argument("--prefill-chunk", type=int)
     parser.add_argument("--cache-limit", type=int)
     parser.add_argument("--wired-limit", type=int)

@@ -191,6 +191,7 @@ async def test_the_service_starts_the_whole_group_again(tmp_path: Path) -> None:
         "ollama_models": "false",
         "fetch_default_model": "false",
         "preload": "[]",
+        "health_timeout": "30s",
         "restart_backoff_min": "0s",
         "shards": json.dumps({"m": {"hosts": HERE}}),
     }
@@ -213,7 +214,7 @@ async def test_the_service_starts_the_whole_group_again(tmp_path: Path) -> None:
                 await asyncio.sleep(0.02)
         again = grammar.text([event async for event in stub.Generate(request("hi"))])
         assert again == first
-        assert len(ranks()) == 2
+        assert not before & ranks()
 
 
 @pytest.mark.soak

@@ -18,7 +18,7 @@ from pydantic import ValidationError
 import tiny_models
 from forebay.kit.failure import ModelLoadFailed
 from forebay.mlx_service.config import MlxSettings
-from forebay.mlx_service.service import shard_arguments
+from forebay.mlx_service.service import model_arguments
 from forebay.mlx_service.shards import ShardSettings
 from forebay.mlx_service.worker import follower, followers, sharding
 from forebay.mlx_service.worker.batch import Batch
@@ -72,8 +72,8 @@ def test_settings_that_cannot_work_are_refused(wrong: dict[str, object]) -> None
 
 def test_only_the_worker_of_a_shared_model_is_told_of_the_others() -> None:
     settings = MlxSettings.model_validate({"shards": {"big": {"hosts": HERE}}})
-    assert shard_arguments(settings, "small") == []
-    flag, value = shard_arguments(settings, "big")
+    assert model_arguments(settings, "small", None) == []
+    flag, value = model_arguments(settings, "big", None)
     assert flag == "--shards"
     assert ShardSettings.model_validate_json(value) == settings.shards["big"]
 

@@ -57,6 +57,11 @@ class MlxSettings(ServerSettings):
         "84 MB, once) when they are asked for and are not there.",
     )
 
+    smg_model: str | None = Field(
+        None,
+        description="Model behind the interface mlx.grpc.engine.MlxEngine, which knows no names. Default: "
+        "the default model. Empty leaves the interface out. It is there where smg-grpc-proto is installed.",
+    )
     preload: tuple[str, ...] | None = Field(
         None, description="Models to load at start. Default: the default model. An empty list loads none."
     )
@@ -168,6 +173,11 @@ class MlxSettings(ServerSettings):
         if self.restart_backoff_min > self.restart_backoff_max:
             raise ValueError("restart_backoff_min is longer than restart_backoff_max")
         return self
+
+    @property
+    def smg(self) -> str:
+        """Model behind mlx.grpc.engine.MlxEngine; empty is none."""
+        return self.default_model if self.smg_model is None else self.smg_model
 
     @property
     def preloaded(self) -> tuple[str, ...]:

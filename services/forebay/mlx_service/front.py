@@ -105,6 +105,20 @@ class MlxEngine:
             except Failure as failure:
                 logger.warning("%s is not loaded at start: %s", name, failure.message)
 
+    @contextlib.asynccontextmanager
+    async def leased(self, name: str) -> AsyncIterator[Worker]:
+        """Gives the worker of a model that generates, loading it if it is not in memory.
+
+        Raises:
+            Failure: there is no such model, or it cannot be loaded.
+        """
+        async with self._worker(await self._source(name, embeds=False), _no_one) as (_, worker):
+            yield worker
+
+    def residence(self, name: str) -> Residence:
+        """Returns a model's place in memory, by identifier or alias."""
+        return self._supervisor.residence(self._settings.aliases.get(name, name))
+
     # InferenceEngine
 
     async def generate(self, call: Call[pb.GenerateRequest], send: Send) -> None:

@@ -65,6 +65,10 @@ class Worker(Protocol):
     def exit_code(self) -> int | None:
         """How it ended; negative is the signal. None while it runs."""
 
+    @property
+    def channel(self) -> grpc.aio.Channel:
+        """Leads to it."""
+
     def tail(self) -> tuple[str, ...]:
         """Returns what it said last on stderr."""
 
@@ -103,7 +107,7 @@ class WorkerProcess:
             health_pb2.HealthCheckRequest, health_pb2.HealthCheckResponse
         ] = health_pb2_grpc.HealthStub(channel).Check  # type: ignore[attr-defined]  # stubs know no health stub
         self._process = process
-        self._channel = channel
+        self.channel = channel
         self._on_exit = on_exit
 
     def __repr__(self) -> str:
@@ -142,7 +146,7 @@ class WorkerProcess:
 
     async def stop(self, grace: float) -> None:
         """Asks it to end, kills it if it does not within so many seconds, and returns when it is gone."""
-        await self._channel.close()
+        await self.channel.close()
         self._signal(signal.SIGTERM)
         try:
             async with asyncio.timeout(grace):
@@ -155,7 +159,7 @@ class WorkerProcess:
     async def watch(self) -> None:
         """Waits for its end. Whatever is still asked of it then fails at once."""
         await self._process.wait()
-        await self._channel.close()
+        await self.channel.close()
         self._on_exit()
 
     def kill(self) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 from forebay.kit import process
 from forebay.kit.server import Serving, serving
 from forebay.kit.telemetry import Telemetry
-from forebay.mlx_service import machine, tuning
+from forebay.mlx_service import machine, smg, smg_api, tuning
 from forebay.mlx_service.config import MlxSettings
 from forebay.mlx_service.front import MlxEngine
 from forebay.mlx_service.ollama_store import ollama_folder
@@ -27,11 +27,12 @@ async def serve(settings: MlxSettings, telemetry: Telemetry) -> None:
     serving the others; it is listed with its reason.
     """
     settings = await asyncio.to_thread(tuned, settings)
+    interface = smg_api.api() if settings.smg else None
     launcher = Launcher(
         name=settings.name,
         arguments=worker_arguments(settings),
         grace=settings.stop_grace.total_seconds(),
-        more=lambda model_id: shard_arguments(settings, model_id),
+        more=lambda model_id: model_arguments(settings, model_id, interface),
     )
     try:
         async with (
@@ -44,7 +45,13 @@ async def serve(settings: MlxSettings, telemetry: Telemetry) -> None:
                 supervisor=supervisor,
                 hub_cache=hub_folder(settings),
             ) as engine,
-            serving(settings, inference=engine, models=engine, telemetry=telemetry) as server,
+            serving(
+                settings,
+                inference=engine,
+                models=engine,
+                more=[smg.register(interface, engine, settings.smg, settings.name)] if interface else [],
+                telemetry=telemetry,
+            ) as server,
             process.stop_requests() as stopped,
         ):
             process.announce("mlx", server.address)
@@ -87,10 +94,13 @@ def hub_folder(settings: MlxSettings) -> Path:
     return hub_cache_dir() if settings.huggingface_cache else settings.cache_dir / "hub"
 
 
-def shard_arguments(settings: MlxSettings, model_id: str) -> list[str]:
-    """Returns the command-line arguments of a model's worker if several machines share the model."""
+def model_arguments(settings: MlxSettings, model_id: str, interface: smg_api.Api | None) -> list[str]:
+    """Returns the command-line arguments that only the worker of one model gets."""
     shards = settings.shards.get(model_id)
-    return [] if shards is None else ["--shards", shards.model_dump_json()]
+    arguments = [] if shards is None else ["--shards", shards.model_dump_json()]
+    if interface is not None and model_id == settings.aliases.get(settings.smg, settings.smg):
+        arguments.append(smg_api.WORKER_FLAG)
+    return arguments
 
 
 def worker_arguments(settings: MlxSettings) -> list[str]:

@@ -27,10 +27,12 @@ from forebay.kit.engine import InferenceEngine
 from forebay.kit.failure import ModelLoadFailed, printable
 from forebay.kit.logs import LogSettings
 from forebay.kit.metrics import Metrics
-from forebay.kit.server import Serving, StartError, serving
+from forebay.kit.server import Register, Serving, StartError, serving
 from forebay.kit.telemetry import Telemetry, TelemetrySettings
+from forebay.mlx_service import smg_api
 from forebay.mlx_service.models.describe import ModelFacts, NotAModelError, describe
 from forebay.mlx_service.shards import ShardSettings
+from forebay.mlx_service.worker import smg
 from forebay.mlx_service.worker.batch import Batch
 from forebay.mlx_service.worker.embedding.engine import EmbeddingEngine
 from forebay.mlx_service.worker.embedding.service import assemble
@@ -106,9 +108,10 @@ async def _serve(options: argparse.Namespace, settings: ServerSettings, tracing:
             f"{path.name}: its weights take {facts.disk_bytes} bytes and memory_ceiling is {ceiling}"
         )
     service, engine, words = _embedding(options, facts) if facts.recipe else _chat(options, facts, ceiling)
+    more = _smg(service) if options.smg and isinstance(service, WorkerService) else []
     _show(engine, options.model_id, tracing.metrics)
     async with process.stop_requests() as stopped:
-        async with serving(settings, inference=service, telemetry=tracing) as up:
+        async with serving(settings, inference=service, more=more, telemetry=tracing) as up:
             process.announce(SERVICE, up.address)
             async with _watching(stopped, options.parent_pid):
                 loading = asyncio.create_task(_load(words, engine))
@@ -160,6 +163,12 @@ def _chat(
         isolates_callers=options.isolate_callers,
     )
     return WorkerService(served, engine, words, Grammars(words)), engine, words
+
+
+def _smg(service: WorkerService) -> list[Register]:
+    """Puts together the interface of routers that speak `mlx.grpc.engine.MlxEngine`."""
+    found = smg_api.api()
+    return [] if found is None else [smg.register(found, *service.parts)]
 
 
 def _leader(options: argparse.Namespace) -> Leader:
@@ -305,6 +314,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--memory-ceiling", type=int, help="bytes that weights and requests may take; else by the machine's"
     )
+    parser.add_argument(smg_api.WORKER_FLAG, action="store_true", help="serve mlx.grpc.engine.MlxEngine too")
     parser.add_argument(
         "--shards", type=ShardSettings.model_validate_json, help="how the model is shared, as JSON"
     )
