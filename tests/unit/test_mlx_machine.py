@@ -271,7 +271,7 @@ def test_a_profile_file_is_written_whole_or_not_at_all(
 def test_the_service_tells_its_workers_what_suits_the_machine(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(service.machine, "probe", lambda: interpret(readings(AIR)))
+    monkeypatch.setattr(service.machine, "probe", lambda *, thorough: interpret(readings(AIR)))
     profile_file(settings(tmp_path)).write_text("{")
     with caplog.at_level(logging.INFO):
         tuned = service.tuned(settings(tmp_path, max_rows=2))

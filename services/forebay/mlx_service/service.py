@@ -70,7 +70,7 @@ async def _start(engine: MlxEngine, server: Serving) -> None:
 
 def tuned(settings: MlxSettings) -> MlxSettings:
     """Returns the settings with what suits this machine where nothing is configured."""
-    profile = tuning.choose(machine.probe(), settings)
+    profile = tuning.choose(machine.probe(thorough=False), settings)
     for complaint in profile.complaints:
         logger.warning("%s", complaint)
     found = ", ".join(f"{name} {each.value} ({each.source.value})" for name, each in profile.values().items())
