@@ -80,6 +80,7 @@ def main() -> int:
     parser.add_argument("--cache-limit", type=int)
     parser.add_argument("--wired-limit", type=int)
     parser.add_argument("--isolate-callers", action="store_true")
+    parser.add_argument("--cpu-weights")
     arguments = parser.parse_args()
     with (arguments.model / "starts").open("a") as starts:
         starts.write(f"{os.getpid()}\n")

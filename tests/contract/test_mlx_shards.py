@@ -71,7 +71,8 @@ async def worker(model: Path, **shards: object) -> AsyncIterator[Worker]:
     with tempfile.TemporaryDirectory(prefix="fb") as folder:
         process = await asyncio.create_subprocess_exec(
             *(sys.executable, "-m", "forebay.mlx_service.worker", "--model", str(model), "--model-id", "m"),
-            *("--address", f"unix:{folder}/w.sock", "--grace", "5", "--prefix-cache", "1000000", *arguments),
+            *("--address", f"unix:{folder}/w.sock", "--grace", "5", "--prefix-cache", "1000000"),
+            *("--cpu-weights", "stored", *arguments),
             stdin=asyncio.subprocess.PIPE,
             stdout=asyncio.subprocess.PIPE,
             stderr=asyncio.subprocess.PIPE,
@@ -192,6 +193,7 @@ async def test_the_service_starts_the_whole_group_again(tmp_path: Path) -> None:
         "fetch_default_model": "false",
         "preload": "[]",
         "health_timeout": "30s",
+        "cpu_weights": "stored",
         "restart_backoff_min": "0s",
         "shards": json.dumps({"m": {"hosts": HERE}}),
     }

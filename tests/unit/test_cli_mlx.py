@@ -267,7 +267,7 @@ async def test_a_folder_that_holds_no_model_fails_with_the_reason(tmp_path: Path
     folder = tiny_models.build_random(tmp_path / "tiny")
     (folder / "model.safetensors").unlink()
     with pytest.raises(BackendError, match="holds no model"):
-        await bench.measure(folder, Plan(), ceiling=1 << 40)
+        await bench.measure(folder, Plan(), settings=MlxSettings(), ceiling=1 << 40)
 
 
 @pytest.mark.mlx
@@ -289,22 +289,22 @@ def test_what_does_not_fit_the_context_or_the_memory_is_left_out() -> None:
 
 
 async def test_nothing_to_measure_is_an_error(tmp_path: Path, monkeypatch) -> None:
-    async def nothing(argv, *, on_line):
+    async def nothing(argv, *, env, on_line):
         return Ended(code=0, tail=())
 
     monkeypatch.setattr(bench, "run_tool", nothing)
     with pytest.raises(BackendError, match="too small"):
-        await bench.measure(tmp_path, Plan(), ceiling=1)
+        await bench.measure(tmp_path, Plan(), settings=MlxSettings(), ceiling=1)
 
 
 async def test_a_benchmark_that_crashes_says_what_it_said_last(tmp_path: Path, monkeypatch) -> None:
-    async def crash(argv, *, on_line):
+    async def crash(argv, *, env, on_line):
         on_line("a library prints")
         return Ended(code=-6, tail=("terminate called",))
 
     monkeypatch.setattr(bench, "run_tool", crash)
     with pytest.raises(BackendError, match="the benchmark failed: terminate called"):
-        await bench.measure(tmp_path, Plan(), ceiling=1)
+        await bench.measure(tmp_path, Plan(), settings=MlxSettings(), ceiling=1)
 
 
 async def test_models_are_found_by_name_and_what_cannot_be_measured_is_refused(home: Path) -> None:
@@ -356,7 +356,7 @@ def test_a_gguf_file_s_conversion_is_shown_on_the_bar(on, capsys, monkeypatch) -
         report(Progress(what="converting"))
         return "m", Path("m")
 
-    async def measure(folder, plan, *, ceiling, on_step):
+    async def measure(folder, plan, *, settings, ceiling, on_step):
         on_step(bench.Step(what="reading", fraction=0.5))
         return [point(PREFILL, 16, 16, 1.0), point(DECODE, 16, 1, 1.0)]
 

@@ -104,7 +104,7 @@ async def _measure(
 
         name, folder = await benches.find_model(settings, model, convert)
         ceiling = settings.memory_ceiling or tuning.ceiling(machine, reserve)
-        return name, await benches.measure(folder, plan, ceiling=ceiling, on_step=show)
+        return name, await benches.measure(folder, plan, settings=settings, ceiling=ceiling, on_step=show)
     finally:
         bar.close()
 

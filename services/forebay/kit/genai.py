@@ -7,7 +7,7 @@ was answered is never among them, and no switch here adds it.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
 
 from google.protobuf import duration_pb2
@@ -103,12 +103,20 @@ class Watched:
         """The model that answered."""
         self.finished: pb.Finished | None = None
         self.degradations: list[pb.Degradation] = []
+        self.delta_count = 0
+        """Deltas so far."""
+        self.continued: pb.Continued | None = None
+        """The last news that another backend goes on with the reply."""
+        self.continuation_count = 0
+        """How many there were."""
+        self.on_progress: Callable[[pb.Progress], None] | None = None
+        """Told of progress."""
         self._last_delta = 0.0
         self._token_count = 0
         self._first_token_count = 0
         self._stage = pb.Progress.STAGE_UNSPECIFIED
 
-    async def __call__(self, event: Event) -> None:
+    def __call__(self, event: Event) -> Awaitable[None]:
         """Notes an event and passes it on."""
         assert self._send is not None, "an answer that is only noted is not sent"
         # A delta after the first, of which there are thousands a second, is noted in as few steps as can be.
@@ -121,7 +129,7 @@ class Watched:
             self._token_count += event.delta.token_count
         else:
             self.note(event)
-        await self._send(event)
+        return self._send(event)
 
     def note(self, event: Event) -> None:
         """Notes an event."""
@@ -132,6 +140,7 @@ class Watched:
         if kind == "delta":
             self._last_delta = self.elapsed()
             self._token_count += event.delta.token_count
+            self.delta_count += 1
             if self.first_delta is None:
                 self.first_delta = self._last_delta
                 self._first_token_count = event.delta.token_count
@@ -143,11 +152,16 @@ class Watched:
             self.degradations = list(event.started.degradations)
         elif kind == "finished":
             self.finished = event.finished
+        elif kind == "continued":
+            self.continued = event.continued
+            self.continuation_count += 1
 
     def _answered(self, backend: str, model: str) -> None:
         self.backend, self.model = backend, model
 
     def _progress(self, progress: pb.Progress) -> None:
+        if self.on_progress is not None:
+            self.on_progress(progress)
         # A place in the queue, and a fraction read, change many times; that a stage began is the story.
         if progress.stage == self._stage or progress.stage not in _STAGES:
             return
@@ -170,11 +184,16 @@ class Watched:
         return told or self._token_count
 
     @property
+    def writing_seconds(self) -> float:
+        """Seconds from the first delta to the last one so far."""
+        return 0.0 if self.first_delta is None else self._last_delta - self.first_delta
+
+    @property
     def tokens_per_second(self) -> float | None:
         """Tokens after the first delta in a second; None if there were too few to tell."""
         tokens = self.output_token_count - self._first_token_count
-        seconds = self._last_delta - (self.first_delta or 0.0)
-        return tokens / seconds if self.first_delta is not None and tokens > 0 and seconds > 0 else None
+        seconds = self.writing_seconds
+        return tokens / seconds if tokens > 0 and seconds > 0 else None
 
     def describe(self) -> None:
         """Writes onto the span what is known of the answer."""
@@ -271,7 +290,12 @@ def _count_tokens(found: Metrics, model: str, watched: Watched) -> None:
 
 @contextmanager
 def requested(
-    telemetry: Telemetry, call: Call[Request], send: Send, *, framework: Callable[[str], str]
+    telemetry: Telemetry,
+    call: Call[Request],
+    send: Send,
+    *,
+    framework: Callable[[str], str],
+    clock: Callable[[], float] = time.monotonic,
 ) -> Iterator[Watched]:
     """Gives a request its span, which covers all attempts on it, and measures it.
 
@@ -280,6 +304,7 @@ def requested(
         call: the request.
         send: where events go.
         framework: returns the framework behind a backend.
+        clock: gives the time in seconds.
     """
     request = call.request
     attributes: dict[str, str | bool | int | float] = {}
@@ -288,7 +313,7 @@ def requested(
     name = f"{operation(request)} {model_name(request.model)}"
     ending = Ending()
     with traced(telemetry.tracer, name, SpanKind.CLIENT, attributes) as span:
-        watched = Watched(span, send)
+        watched = Watched(span, send, clock=clock)
         try:
             yield watched
         except BaseException as error:

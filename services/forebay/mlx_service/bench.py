@@ -147,13 +147,19 @@ def _folder(name: str) -> Path | None:
 
 
 async def measure(
-    folder: Path, plan: Plan, *, ceiling: int, on_step: Callable[[Step], None] = lambda step: None
+    folder: Path,
+    plan: Plan,
+    *,
+    settings: MlxSettings,
+    ceiling: int,
+    on_step: Callable[[Step], None] = lambda step: None,
 ) -> list[Point]:
     """Measures a model in a process of its own.
 
     Args:
         folder: the model.
         plan: what to measure.
+        settings: how workers are to hold weights and to multiply.
         ceiling: bytes that the model and its replies may take; what could exceed it is left out.
         on_step: is told how far it is.
 
@@ -183,7 +189,8 @@ async def measure(
     for flag, values in (("lengths", plan.lengths), ("chunks", plan.chunks), ("widths", plan.widths)):
         argv += [f"--{flag}", ",".join(str(value) for value in values)]
     argv += ["--tokens", str(plan.tokens), "--rounds", str(plan.rounds), "--ceiling", str(ceiling)]
-    ended = await run_tool(argv, on_line=on_line)
+    argv += ["--cpu-weights", settings.cpu_weights]
+    ended = await run_tool(argv, env=settings.worker_environment, on_line=on_line)
     if ended.code:
         raise BackendError(f"the benchmark failed: {ended.last}")
     if not {PREFILL, DECODE} <= {point.kind for point in points}:

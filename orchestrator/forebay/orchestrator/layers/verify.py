@@ -8,7 +8,7 @@ tell what a backend claims, and this what it did.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterator
 from typing import Any
 
 from jsonschema import exceptions, validators
@@ -17,7 +17,7 @@ from referencing.exceptions import Unresolvable
 
 from forebay.inference.v1 import inference_pb2 as pb
 from forebay.kit.failure import FormatViolated, InvalidRequest, PromptTruncated
-from forebay.kit.pipeline import Call, Event, Request, Send, Service
+from forebay.kit.pipeline import Call, Event, Request, Send, Service, Serving
 from forebay.orchestrator.routing.classify import MOST_CHARACTERS_PER_TOKEN, classify
 
 _FIELD = "output_format.json_schema"
@@ -36,7 +36,7 @@ class Verify:
     def __init__(self, inner: Service) -> None:
         self._inner = inner
 
-    async def __call__(self, call: Call[Request], send: Send) -> None:
+    def __call__(self, call: Call[Request], send: Send) -> Serving:
         """Serves a call.
 
         Raises:
@@ -45,9 +45,11 @@ class Verify:
             PromptTruncated: fewer prompt tokens were read than the prompt has at the very least.
         """
         request = call.request
-        if not isinstance(request, pb.GenerateRequest):
-            await self._inner(call, send)
-            return
+        if isinstance(request, pb.GenerateRequest):
+            return self._serve(call, request, send)
+        return self._inner(call, send)
+
+    async def _serve(self, call: Call[Request], request: pb.GenerateRequest, send: Send) -> None:
         check = _Check(request, send)
         await self._inner(call, check)
         await check.end()
@@ -71,7 +73,7 @@ class _Check:
         self._backend = ""
         self._finished: pb.GenerateResponse | None = None
 
-    async def __call__(self, event: Event) -> None:
+    def __call__(self, event: Event) -> Awaitable[None]:
         if isinstance(event, pb.GenerateResponse):
             match event.WhichOneof("event"):
                 case "started":
@@ -83,8 +85,8 @@ class _Check:
                         self._text.append(event.delta.text)
                 case "finished":
                     self._finished = event
-                    return
-        await self._send(event)
+                    return _nothing()
+        return self._send(event)
 
     async def end(self) -> None:
         """Sends the end of the reply, if it deserves that."""
@@ -130,6 +132,10 @@ class _Check:
         if pb.DEGRADATION_KIND_PROMPT_TRUNCATED in request.accepted_degradations:
             return 0
         return classify(request).least_tokens
+
+
+async def _nothing() -> None:
+    """Is awaited in place of a send."""
 
 
 def _fault_of(output_format: pb.OutputFormat) -> Fault | None:

@@ -22,8 +22,9 @@ from forebay.mlx_service.models.describe import NotAModelError, describe
 from forebay.mlx_service.worker.batch import Batch
 from forebay.mlx_service.worker.load import load_weights
 from forebay.mlx_service.worker.memory import KvCost, probe
-from forebay.mlx_service.worker.runtime import leave_thread, mx
+from forebay.mlx_service.worker.runtime import BLAS, leave_thread, mx
 from forebay.mlx_service.worker.sampling import SamplingParams, sampler
+from forebay.mlx_service.worker.weights import CpuWeights, plan
 
 LONGEST_CHUNK = 2048
 """Tokens read in one step where the time it takes is not measured."""
@@ -129,7 +130,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         facts = describe(arguments.model)
         _tell({"what": "loading the model", "fraction": 0.0})
-        model = load_weights(arguments.model)
+        how = plan(arguments.cpu_weights, facts, ceiling=arguments.ceiling, blas=BLAS)
+        model = load_weights(arguments.model, how)
     except (NotAModelError, ModelLoadFailed) as error:
         print(str(error), file=sys.stderr)  # noqa: T201  # one readable line
         return 1
@@ -176,6 +178,9 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--widths", type=_numbers, required=True, help="replies at once")
     parser.add_argument("--tokens", type=int, default=32, help="tokens that each reply writes")
     parser.add_argument("--rounds", type=int, default=3, help="how often everything is measured")
+    parser.add_argument(
+        "--cpu-weights", type=CpuWeights, default=CpuWeights.AUTO, help="how a CPU holds weights"
+    )
     parser.add_argument("--ceiling", type=int, required=True, help="bytes that all may take")
     return parser.parse_args(argv)
 

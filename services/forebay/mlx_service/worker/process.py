@@ -43,9 +43,10 @@ from forebay.mlx_service.worker.grammar import Grammars
 from forebay.mlx_service.worker.load import load_weights
 from forebay.mlx_service.worker.memory import default_ceiling, metal_memory
 from forebay.mlx_service.worker.prefix_cache import PrefixCache
-from forebay.mlx_service.worker.runtime import leave_thread
+from forebay.mlx_service.worker.runtime import BLAS, leave_thread
 from forebay.mlx_service.worker.service import Served, WorkerService
 from forebay.mlx_service.worker.sharding import Leader
+from forebay.mlx_service.worker.weights import STORED, CpuWeights, Plan, plan
 from forebay.mlx_service.worker.words import Words
 
 log = logging.getLogger(__name__)
@@ -107,7 +108,12 @@ async def _serve(options: argparse.Namespace, settings: ServerSettings, tracing:
         raise ModelLoadFailed(
             f"{path.name}: its weights take {facts.disk_bytes} bytes and memory_ceiling is {ceiling}"
         )
-    service, engine, words = _embedding(options, facts) if facts.recipe else _chat(options, facts, ceiling)
+    how = STORED if options.shards else plan(options.cpu_weights, facts, ceiling=ceiling, blas=BLAS)
+    if how.reason:
+        log.info("%s: %s; matrix products by %s", options.model_id, how.reason, BLAS or "mlx's own library")
+    service, engine, words = (
+        _embedding(options, facts, how) if facts.recipe else _chat(options, facts, ceiling, how)
+    )
     more = _smg(service) if options.smg and isinstance(service, WorkerService) else []
     _show(engine, options.model_id, tracing.metrics)
     async with process.stop_requests() as stopped:
@@ -131,12 +137,12 @@ async def _serve(options: argparse.Namespace, settings: ServerSettings, tracing:
 
 
 def _chat(
-    options: argparse.Namespace, facts: ModelFacts, ceiling: int
+    options: argparse.Namespace, facts: ModelFacts, ceiling: int, how: Plan
 ) -> tuple[InferenceEngine, Engine, Words]:
     """Puts together what generates text."""
     path: Path = options.model
     words = Words(path)
-    load: Callable[[], object] = partial(load_weights, path)
+    load: Callable[[], object] = partial(load_weights, path, how)
     new_batch: NewBatch = Batch
     if options.shards:
         leader = _leader(options)
@@ -161,6 +167,7 @@ def _chat(
         default_max_tokens=options.default_max_tokens,
         rows=options.max_rows,
         isolates_callers=options.isolate_callers,
+        detail=how.reason,
     )
     return WorkerService(served, engine, words, Grammars(words)), engine, words
 
@@ -188,7 +195,7 @@ def _leader(options: argparse.Namespace) -> Leader:
 
 
 def _embedding(
-    options: argparse.Namespace, facts: ModelFacts
+    options: argparse.Namespace, facts: ModelFacts, how: Plan
 ) -> tuple[InferenceEngine, EmbeddingEngine, Texts]:
     """Puts together what embeds text."""
     return assemble(
@@ -197,6 +204,7 @@ def _embedding(
         model_id=options.model_id,
         backend=options.name,
         token_count=options.context,
+        how=how,
     )
 
 
@@ -328,6 +336,12 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--wired-limit", type=int, default=0, help="bytes not to be paged out; 0 wires none")
     parser.add_argument(
         "--isolate-callers", action="store_true", help="keep each caller's prompts apart in the prefix cache"
+    )
+    parser.add_argument(
+        "--cpu-weights",
+        type=CpuWeights,
+        default=CpuWeights.AUTO,
+        help="how weights are held on a CPU: auto, stored or float32",
     )
     parser.add_argument("--parent-pid", type=int, help="process whose end ends this one")
     parser.add_argument("--config", type=Path, help="configuration file, for [log] and [telemetry]")
