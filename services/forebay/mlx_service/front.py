@@ -105,6 +105,20 @@ class MlxEngine:
             except Failure as failure:
                 logger.warning("%s is not loaded at start: %s", name, failure.message)
 
+    @contextlib.asynccontextmanager
+    async def leased(self, name: str) -> AsyncIterator[Worker]:
+        """Gives the worker of a model that generates, loading it if it is not in memory.
+
+        Raises:
+            Failure: there is no such model, or it cannot be loaded.
+        """
+        async with self._worker(await self._source(name, embeds=False), _no_one) as (_, worker):
+            yield worker
+
+    def residence(self, name: str) -> Residence:
+        """Returns a model's place in memory, by identifier or alias."""
+        return self._supervisor.residence(self._settings.aliases.get(name, name))
+
     # InferenceEngine
 
     async def generate(self, call: Call[pb.GenerateRequest], send: Send) -> None:
@@ -246,7 +260,8 @@ class MlxEngine:
             _check_purpose(id_, id_ == self._embedding.id, embeds)
             return id_, lambda report: self._fetch_packaged(id_, report)
         if entry.fault:
-            raise ModelLoadFailed(f"{entry.id} cannot be loaded: {entry.fault}", metadata={"model": entry.id})
+            metadata = {"model": entry.id} | ({"problem": entry.problem} if entry.problem else {})
+            raise ModelLoadFailed(f"{entry.id} cannot be loaded: {entry.fault}", metadata=metadata)
         if entry.facts is not None:
             _check_purpose(entry.id, entry.facts.recipe is not None, embeds)
         return entry.id, lambda report: self._registry.folder(entry, report)

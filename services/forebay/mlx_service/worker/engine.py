@@ -47,8 +47,11 @@ from forebay.mlx_service.worker.sampling import Array, Processor, SamplingParams
 
 log = logging.getLogger(__name__)
 
-PREFILL_STEPS = (16, 32, 64, 128, 256, 512)
-"""Tokens of a prompt that may be read in one step. More than 512 hardly makes reading faster."""
+PREFILL_STEPS = (16, 32, 64, 128, 256, 512, 1024, 2048, 4096)
+"""Tokens of a prompt that may be read in one step."""
+
+PREFILL_MOST = 512
+"""How many of them are tried where nobody knows the machine. More makes only large GPUs faster."""
 
 PREFILL_SECONDS = 0.5
 """How long one such step may take. A cancelled row holds its place for it, and a new one waits for it.
@@ -61,7 +64,7 @@ ROW_RETRIES = 2
 """Times a row is read again after steps that failed. A fault that comes back is no accident."""
 
 FREED_BYTES = 2 << 30
-"""Freed memory that mlx may hold for the next step. Unbound, it grows to what the machine has."""
+"""Freed memory that mlx may hold for the next step, where nothing is said. Unbound, it takes all there is."""
 
 MEASURE_STEPS = 16
 """Steps between two looks at how much memory is in use."""
@@ -71,6 +74,13 @@ IDLE_SECONDS = 1.0
 
 Loader: TypeAlias = Callable[[], tuple[object, Collection[int]]]
 """Loads a model on the engine's thread. Returns it and the tokens that end a reply."""
+
+
+class NewBatch(Protocol):
+    """Makes an empty batch. See `Batch`."""
+
+    def __call__(self, model: object, /, *, rows: int, prefill_step: int, end_tokens: Sequence[int]) -> Batch:
+        """Returns the batch."""
 
 
 class Constraint(Protocol):
@@ -247,9 +257,9 @@ class _Guard:
         return logits
 
 
-def _step_within(seconds: float, took: float) -> int:
+def _step_within(seconds: float, took: float, most: int) -> int:
     """The most tokens that can be read in a time, if the fewest took that long."""
-    fits = [step for step in PREFILL_STEPS if took * step / PREFILL_STEPS[0] <= seconds]
+    fits = [step for step in PREFILL_STEPS if step <= most and took * step / PREFILL_STEPS[0] <= seconds]
     return max(fits, default=PREFILL_STEPS[0])
 
 
@@ -263,6 +273,10 @@ class Engine:
         prefill_step: tokens of a prompt read in one step. None measures what the device can do.
         prefixes: keeps what was read, for prompts that begin the same. None keeps nothing.
         ceiling: bytes that weights and rows may take together. None sets no bound.
+        prefill_most: most tokens of a prompt read in one step, however fast the device is.
+        freed_bytes: freed memory that mlx may hold for the next step.
+        wired_bytes: memory that macOS may not page out. 0 wires none.
+        new_batch: makes an empty batch of rows.
     """
 
     def __init__(
@@ -274,8 +288,16 @@ class Engine:
         prefill_step: int | None = None,
         prefixes: PrefixCache | None = None,
         ceiling: int | None = None,
+        prefill_most: int = PREFILL_MOST,
+        freed_bytes: int = FREED_BYTES,
+        wired_bytes: int = 0,
+        new_batch: NewBatch = Batch,
     ) -> None:
+        self._make_batch = new_batch
         self._load = load
+        self._prefill_most = prefill_most
+        self._freed_bytes = freed_bytes
+        self._wired_bytes = wired_bytes
         self._rows = rows
         self._queue_rows = queue_rows
         self._prefill_step = prefill_step
@@ -454,7 +476,9 @@ class Engine:
         mx.random.seed(int.from_bytes(os.urandom(7), "little"))
         if self._ledger.ceiling is not None:
             mx.set_memory_limit(self._ledger.ceiling)
-        mx.set_cache_limit(FREED_BYTES)
+        mx.set_cache_limit(self._freed_bytes)
+        if self._wired_bytes and mx.metal.is_available():
+            mx.set_wired_limit(self._wired_bytes)
         before = int(mx.get_active_memory())
         self._model, end_tokens = self._load()
         self._post(self._weigh, int(mx.get_active_memory()) - before, probe(self._model))
@@ -467,8 +491,8 @@ class Engine:
         took = self._warm_up(PREFILL_STEPS[0] + 1)
         if self._prefill_step is None:
             # Measured once: with steps that change all the time, low bits would differ from run to run.
-            self._prefill_step = _step_within(PREFILL_SECONDS, took)
-            self._shared_step = _step_within(SHARED_SECONDS, took)
+            self._prefill_step = _step_within(PREFILL_SECONDS, took, self._prefill_most)
+            self._shared_step = _step_within(SHARED_SECONDS, took, self._prefill_most)
             self._lanes.close()
             self._lanes = self._new_lanes()
         mx.clear_cache()
@@ -478,7 +502,7 @@ class Engine:
         return Lanes(self._new_batch, shared_step=self._shared_step)
 
     def _new_batch(self) -> Batch:
-        return Batch(
+        return self._make_batch(
             self._model,
             rows=self._rows,
             prefill_step=self._prefill_step or PREFILL_STEPS[0],

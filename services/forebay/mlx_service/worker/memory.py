@@ -18,32 +18,26 @@ from dataclasses import dataclass
 from datetime import timedelta
 
 from forebay.kit.failure import MemoryExhausted
+from forebay.mlx_service.tuning import usual_reserve
 from forebay.mlx_service.worker.lanes import PADDED
 from forebay.mlx_service.worker.runtime import BatchKVCache, make_prompt_cache, mx
 
 SOFT = 0.85
 """Share of the ceiling above which the prefix cache makes room for rows."""
 
-_GIB = 1 << 30
-
-RESERVED_SHARE = 0.35
-"""Share of a machine's memory that is left to everything else, within the bounds below."""
-
-RESERVED_LEAST = 2 * _GIB
-RESERVED_MOST = 12 * _GIB
-
 METAL_SHARE = 0.95
 """Share of what Metal recommends to use at most. Beyond it macOS begins to take memory from others."""
 
 
-def default_ceiling(total: int, metal: int | None = None) -> int:
+def default_ceiling(total: int, metal: int | None = None, *, reserve: int | None = None) -> int:
     """Returns how much memory a model and its rows may take on a machine.
 
     Args:
         total: bytes of memory that it has.
         metal: bytes that Metal recommends to use at most.
+        reserve: bytes that are left to everything else; None is what is usual.
     """
-    reserved = min(max(int(total * RESERVED_SHARE), RESERVED_LEAST), RESERVED_MOST)
+    reserved = usual_reserve(total) if reserve is None else reserve
     ceiling = max(total - reserved, total // 4)
     return ceiling if metal is None else min(ceiling, int(metal * METAL_SHARE))
 

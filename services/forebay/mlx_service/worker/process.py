@@ -14,7 +14,8 @@ import logging
 import os
 import stat
 import sys
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import cast
 
@@ -26,20 +27,26 @@ from forebay.kit.engine import InferenceEngine
 from forebay.kit.failure import ModelLoadFailed, printable
 from forebay.kit.logs import LogSettings
 from forebay.kit.metrics import Metrics
-from forebay.kit.server import Serving, StartError, serving
+from forebay.kit.server import Register, Serving, StartError, serving
 from forebay.kit.telemetry import Telemetry, TelemetrySettings
+from forebay.mlx_service import smg_api
 from forebay.mlx_service.models.describe import ModelFacts, NotAModelError, describe
+from forebay.mlx_service.shards import ShardSettings
+from forebay.mlx_service.worker import smg
+from forebay.mlx_service.worker.batch import Batch
 from forebay.mlx_service.worker.embedding.engine import EmbeddingEngine
 from forebay.mlx_service.worker.embedding.service import assemble
 from forebay.mlx_service.worker.embedding.texts import Texts
-from forebay.mlx_service.worker.engine import Engine, EngineStats
+from forebay.mlx_service.worker.engine import Engine, EngineStats, NewBatch
+from forebay.mlx_service.worker.followers import Followers, end_with
 from forebay.mlx_service.worker.grammar import Grammars
 from forebay.mlx_service.worker.load import load_weights
 from forebay.mlx_service.worker.memory import default_ceiling, metal_memory
 from forebay.mlx_service.worker.prefix_cache import PrefixCache
 from forebay.mlx_service.worker.runtime import BLAS, leave_thread
 from forebay.mlx_service.worker.service import Served, WorkerService
-from forebay.mlx_service.worker.weights import CpuWeights, Plan, plan
+from forebay.mlx_service.worker.sharding import Leader
+from forebay.mlx_service.worker.weights import STORED, CpuWeights, Plan, plan
 from forebay.mlx_service.worker.words import Words
 
 log = logging.getLogger(__name__)
@@ -94,20 +101,23 @@ async def _serve(options: argparse.Namespace, settings: ServerSettings, tracing:
         facts = describe(path)
     except NotAModelError as error:
         raise ModelLoadFailed(str(error)) from error
-    ceiling = options.memory_ceiling or default_ceiling(psutil.virtual_memory().total, metal_memory())
-    if facts.disk_bytes > ceiling:
+    ceiling = options.memory_ceiling or default_ceiling(
+        psutil.virtual_memory().total, metal_memory(), reserve=options.memory_reserve
+    )
+    if facts.disk_bytes > ceiling * (len(options.shards.hosts) if options.shards else 1):
         raise ModelLoadFailed(
             f"{path.name}: its weights take {facts.disk_bytes} bytes and memory_ceiling is {ceiling}"
         )
-    how = plan(options.cpu_weights, facts, ceiling=ceiling, blas=BLAS)
+    how = STORED if options.shards else plan(options.cpu_weights, facts, ceiling=ceiling, blas=BLAS)
     if how.reason:
         log.info("%s: %s; matrix products by %s", options.model_id, how.reason, BLAS or "mlx's own library")
     service, engine, words = (
         _embedding(options, facts, how) if facts.recipe else _chat(options, facts, ceiling, how)
     )
+    more = _smg(service) if options.smg and isinstance(service, WorkerService) else []
     _show(engine, options.model_id, tracing.metrics)
     async with process.stop_requests() as stopped:
-        async with serving(settings, inference=service, telemetry=tracing) as up:
+        async with serving(settings, inference=service, more=more, telemetry=tracing) as up:
             process.announce(SERVICE, up.address)
             async with _watching(stopped, options.parent_pid):
                 loading = asyncio.create_task(_load(words, engine))
@@ -132,12 +142,22 @@ def _chat(
     """Puts together what generates text."""
     path: Path = options.model
     words = Words(path)
+    load: Callable[[], object] = partial(load_weights, path, how)
+    new_batch: NewBatch = Batch
+    if options.shards:
+        leader = _leader(options)
+        load, new_batch = partial(leader.load, path, options.shards.kind), leader.new_batch
+    is_kept = options.prefix_cache and not options.shards  # each rank has a part of what attention holds
     engine = Engine(
-        lambda: (load_weights(path, how), words.language.end_tokens),
+        lambda: (load(), words.language.end_tokens),
         rows=options.max_rows,
         queue_rows=options.queue,
-        prefixes=PrefixCache(max_bytes=options.prefix_cache) if options.prefix_cache else None,
+        prefixes=PrefixCache(max_bytes=options.prefix_cache) if is_kept else None,
+        new_batch=new_batch,
         ceiling=ceiling,
+        prefill_most=options.prefill_chunk,
+        freed_bytes=options.cache_limit,
+        wired_bytes=options.wired_limit,
     )
     served = Served(
         model_id=options.model_id,
@@ -150,6 +170,28 @@ def _chat(
         detail=how.reason,
     )
     return WorkerService(served, engine, words, Grammars(words)), engine, words
+
+
+def _smg(service: WorkerService) -> list[Register]:
+    """Puts together the interface of routers that speak `mlx.grpc.engine.MlxEngine`."""
+    found = smg_api.api()
+    return [] if found is None else [smg.register(found, *service.parts)]
+
+
+def _leader(options: argparse.Namespace) -> Leader:
+    """Puts together what runs the model with the other ranks."""
+    followers = Followers(
+        options.shards,
+        options.model,
+        cache_limit=options.cache_limit,
+        on_end=end_with(EX_LOAD, process.EX_SOFTWARE),
+    )
+
+    def start() -> Sequence[str]:
+        followers.start()
+        return followers.addresses
+
+    return Leader(followers.tell, start)
 
 
 def _embedding(
@@ -289,6 +331,18 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--memory-ceiling", type=int, help="bytes that weights and requests may take; else by the machine's"
     )
+    parser.add_argument(smg_api.WORKER_FLAG, action="store_true", help="serve mlx.grpc.engine.MlxEngine too")
+    parser.add_argument(
+        "--shards", type=ShardSettings.model_validate_json, help="how the model is shared, as JSON"
+    )
+    parser.add_argument("--memory-reserve", type=int, help="bytes left to others; else by the machine's")
+    parser.add_argument(
+        "--prefill-chunk", type=int, default=512, help="most tokens of a prompt read in one step"
+    )
+    parser.add_argument(
+        "--cache-limit", type=int, default=2 << 30, help="bytes of freed memory that mlx keeps"
+    )
+    parser.add_argument("--wired-limit", type=int, default=0, help="bytes not to be paged out; 0 wires none")
     parser.add_argument(
         "--isolate-callers", action="store_true", help="keep each caller's prompts apart in the prefix cache"
     )

@@ -9,6 +9,7 @@ import uuid
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
+from pathlib import Path
 
 from forebay.inference.v1 import inference_pb2 as pb
 from forebay.kit.failure import (
@@ -97,6 +98,11 @@ class WorkerService:
         self._engine = engine
         self._words = words
         self._grammars = grammars
+
+    @property
+    def parts(self) -> tuple[Served, Engine, Words, Path]:
+        """What another interface to the same model is made of: it, its engine, its words and its folder."""
+        return self._served, self._engine, self._words, self._served.facts.path
 
     async def generate(self, call: Call[pb.GenerateRequest], send: Send) -> None:
         """Generates a reply."""
