@@ -9,7 +9,7 @@ Ageing is a share and not a promotion: under a lasting overload everything in
 the queue grows old, and promoted work would crowd out the urgent calls that
 the order is there for.
 
-A call belongs to a pool, its model. A pool has no more calls running than its
+A call belongs to a pool: the models that may serve it. A pool has no more calls running than its
 backends have slots, so calls for a busy model do not take the permits of a
 backend that is idle.
 """
@@ -74,7 +74,7 @@ class Ticket:
     caller: str
     """Who asks."""
     pool: str
-    """What it needs: its model."""
+    """What it needs: the models that may serve it."""
     cost: float
     """Tokens it is expected to take."""
     size: int
@@ -193,7 +193,7 @@ class Admission:
         Args:
             urgency: how urgent it is.
             caller: who asks.
-            pool: its model.
+            pool: what it needs: the models that may serve it.
             cost: tokens it is expected to take.
             size: bytes that it keeps in memory while it waits.
             remaining: seconds until its deadline; None is never.

@@ -64,11 +64,12 @@ class Orchestrator:
             per_second=settings.retry.budget_per_second,
             clock=self._clock,
         )
+        self._capacity = Capacity(self.fleet, unknown=settings.admission.concurrency, clock=self._clock)
         self.admission = Admission(
             queue=settings.admission.queue,
             queue_bytes=settings.admission.queue_bytes,
             ageing=settings.admission.ageing.total_seconds(),
-            capacity=Capacity(self.fleet, unknown=settings.admission.concurrency, clock=self._clock),
+            capacity=self._capacity,
             clock=self._clock,
         )
         service = request_stack(
@@ -78,6 +79,8 @@ class Orchestrator:
             budget=budget,
             source=self._source,
             admission=self.admission,
+            pool=self._capacity.pool,
+            judge=self.fleet.judge,
             store=self._store(settings.cache),
             spawn=self.fleet.spawn,
             weights=self.fleet.weights,

@@ -33,7 +33,7 @@ from forebay.orchestrator.layers.hedge import FirstDeltas, Hedge
 from forebay.orchestrator.layers.remember import Lookup, Remember
 from forebay.orchestrator.layers.route import Fleet, Route
 from forebay.orchestrator.layers.span import Span
-from forebay.orchestrator.layers.verify import Verify
+from forebay.orchestrator.layers.verify import Judge, Verify
 from forebay.orchestrator.replies import Store
 from forebay.orchestrator.routing.router import Decision, Router
 
@@ -46,6 +46,8 @@ def request_stack(
     budget: RetryBudget,
     source: random.Random,
     admission: Admission,
+    pool: Callable[[str], str] = lambda model: model,
+    judge: Judge | None = None,
     store: Store | None = None,
     spawn: Spawn | None = None,
     weights: Callable[[str], str] = lambda model: "",
@@ -61,6 +63,8 @@ def request_stack(
         budget: retries that all calls share.
         source: where jitter comes from.
         admission: the queue before all backends.
+        pool: returns the pool of permits that calls for a model share.
+        judge: told how replies kept what their backends had promised. None tells nobody.
         store: where answers are kept; None keeps none.
         spawn: starts tasks that no call owns; None shares no replies.
         weights: returns what is known of the weights behind a model's name.
@@ -118,9 +122,9 @@ def request_stack(
         ),
         *caching,
         # Above Fallback, so that a call keeps its place over its attempts.
-        lambda inner: Admit(inner, admission=admission),
+        lambda inner: Admit(inner, admission=admission, pool=pool),
         # Above Continue, so that it sees the reply as the caller does, spliced or not.
-        Verify,
+        lambda inner: Verify(inner, judge=judge),
         # Above Fallback, so that whoever goes on with a broken reply is found as anyone is, with attempts and
         # a commit gate of its own: until the next part's first delta nothing tells the caller that there is
         # one. Below whatever holds a place for the call, which keeps it over the splice.

@@ -13,6 +13,9 @@ _LIFE = 0.1
 _POOLS = 256
 """Answers that are kept."""
 
+_BETWEEN = "\n"
+"""Stands between the members of a pool's name, since no model's name has a line break in it."""
+
 
 class Capacity:
     """Adds up the slots of the backends that take calls now.
@@ -32,20 +35,45 @@ class Capacity:
         self._unknown = unknown
         self._clock = clock
         self._known: dict[str, tuple[float, int]] = {}
+        self._pools: dict[str, tuple[float, str]] = {}
 
-    def __call__(self, model: str) -> int:
-        """Returns how many calls for a model can run at once; for the empty name, how many in all."""
+    def pool(self, model: str) -> str:
+        """Returns the pool of calls for a model: the models that the name means, each on its backend.
+
+        Names that mean the same have one pool, so an alias brings no permits of its own. A name that nobody
+        knows is a pool by itself.
+        """
         now = self._clock()
-        known = self._known.get(model)
+        known = self._pools.get(model)
+        if known is not None and now < known[0]:
+            return known[1]
+        if len(self._pools) >= _POOLS:
+            self._pools.clear()
+        found = ((endpoint.name, endpoint.find(model)) for endpoint in self._endpoints)
+        pool = _BETWEEN.join(f"{name}/{each.id}" for name, each in found if each is not None) or model
+        self._pools[model] = (now + _LIFE, pool)
+        return pool
+
+    def __call__(self, pool: str) -> int:
+        """Returns how many calls of a pool can run at once; for the empty name, how many in all."""
+        now = self._clock()
+        known = self._known.get(pool)
         if known is not None and now < known[0]:
             return known[1]
         if len(self._known) >= _POOLS:
             self._known.clear()
-        slots = sum(self._slots(each, model) for each in self._endpoints if each.state is State.ACTIVE)
-        self._known[model] = (now + _LIFE, slots or self._unknown)
+        members = dict(member.split("/", 1) for member in pool.split(_BETWEEN) if "/" in member)
+        slots = sum(
+            self._slots(each, members.get(each.name) if pool else "")
+            for each in self._endpoints
+            if each.state is State.ACTIVE
+        )
+        self._known[pool] = (now + _LIFE, slots or self._unknown)
         return slots or self._unknown
 
-    def _slots(self, endpoint: Endpoint, model: str) -> int:
+    def _slots(self, endpoint: Endpoint, model: str | None) -> int:
+        if model is None:
+            return 0
         if not model:
             return endpoint.settings.slots or self._unknown
         found = endpoint.find(model)

@@ -23,6 +23,7 @@ from forebay.orchestrator.clock import Clock
 from forebay.orchestrator.config import BackendSettings
 from forebay.orchestrator.fleet.breaker import BreakerState
 from forebay.orchestrator.fleet.breakers import Breakers
+from forebay.orchestrator.fleet.trust import Trust
 from forebay.orchestrator.routing.names import find_model
 from forebay.orchestrator.routing.view import EndpointView
 
@@ -79,6 +80,7 @@ class Endpoint:
         self.settings = settings
         self.name = settings.name
         self.breakers = Breakers(settings.name, settings.breaker, clock=clock, source=source)
+        self.trust = Trust(clock=clock)
         self.limit: Limit | None = None
         self.service: Service | None = None
         self._aliases = dict(aliases)
@@ -142,6 +144,7 @@ class Endpoint:
         if not (self._is_reachable and self._is_serving):
             # It came back, perhaps as another process: what it did in its former life says little.
             self.breakers.heal()
+            self.trust.forget()
         if self._is_reachable and not self._is_serving:
             self._list_error = ""  # it was of the time before
         self._is_reachable = self._is_serving = True
@@ -312,6 +315,7 @@ class Endpoint:
             queue=self.settings.queue,
             first_delta=self._first_delta,
             success_rate=whole.success_rate,
+            doubts=self.trust.doubts(),
             weight=self.settings.weight,
         )
 

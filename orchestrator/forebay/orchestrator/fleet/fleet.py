@@ -8,6 +8,7 @@ from types import TracebackType
 
 import grpc.aio
 
+from forebay.inference.v1 import inference_pb2 as pb
 from forebay.kit.failure import BackendNotFound
 from forebay.kit.pipeline import Service
 from forebay.kit.relay import Pairs
@@ -100,6 +101,12 @@ class Fleet:
         """Returns what tells the weights behind a model's name from others: digests, as far as known."""
         found = (endpoint.find(model) for endpoint in self)
         return " ".join(sorted({each.weights.digest for each in found if each is not None}))
+
+    def judge(self, backend: str, model: str, capability: pb.Capability.ValueType, kept: bool) -> None:
+        """Takes in whether a reply was what a capability of its model promises."""
+        member = self._members.get(backend)
+        if member is not None:  # it may have been removed while it answered
+            member.endpoint.trust.note(model, capability, kept=kept)
 
     def spawn(self, work: Coroutine[None, None, None], name: str) -> asyncio.Task[None]:
         """Starts a task that ends with the fleet at the latest. It must not fail."""

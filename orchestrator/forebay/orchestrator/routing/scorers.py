@@ -40,9 +40,14 @@ def load(question: Question) -> float:
 
 
 def proven(question: Question) -> float:
-    """How sure it is that the model can do what the request needs. Tried is better than said."""
-    reports = {report.capability: report for report in question.found.capabilities} if question.found else {}
-    return min(_certainty(reports.get(need)) for need in question.traits.needs)
+    """How sure the needed capabilities are. Tried is better than said, and a word kept than one broken."""
+    found, doubts = question.found, question.endpoint.doubts
+    reports = {report.capability: report for report in found.capabilities} if found else {}
+    name = found.id if found else ""
+    return min(
+        _certainty(reports.get(need)) * (1.0 - doubts.get((name, int(need)), 0.0))
+        for need in question.traits.needs
+    )
 
 
 def _certainty(report: pb.CapabilityReport | None) -> float:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 from forebay.inference.v1 import inference_pb2 as pb
 
@@ -49,5 +50,7 @@ class EndpointView:
     """Recent seconds to the first delta. None is not known."""
     success_rate: float = 1.0
     """Recent share of calls that it did not fail."""
+    doubts: Mapping[tuple[str, int], float] = field(default_factory=dict)
+    """How far its word was not kept lately, in (0.0, 1.0], by model and capability."""
     weight: float = 1.0
     """How much it is preferred when all else is equal."""
