@@ -16,6 +16,7 @@ from forebay.cli.configuration import config
 from forebay.cli.doctor import doctor
 from forebay.cli.explain import explain
 from forebay.cli.models import models
+from forebay.cli.reload import reload
 from forebay.cli.status import drain, resume, status
 from forebay.cli.up import up
 
@@ -34,6 +35,7 @@ app.command()(explain)
 app.add_typer(models, name="models")
 app.command()(drain)
 app.command()(resume)
+app.command()(reload)
 app.add_typer(config, name="config")
 app.command()(doctor)
 

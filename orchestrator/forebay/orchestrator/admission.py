@@ -166,6 +166,11 @@ class Admission:
         """Calls that wait now."""
         return len(self._waiting)
 
+    def change(self, *, queue: int, queue_bytes: int, ageing: float) -> None:
+        """Goes by other bounds from now on. Who waits, goes on waiting."""
+        self._queue, self._queue_bytes, self._ageing = queue, queue_bytes, ageing
+        self._plan = None
+
     def depth(self) -> dict[Urgency, int]:
         """Returns how many calls wait, by urgency."""
         depth = dict.fromkeys(Urgency, 0)

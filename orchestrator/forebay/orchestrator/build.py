@@ -10,6 +10,8 @@ import grpc.aio
 
 from forebay.fleet.v1 import fleet_pb2_grpc
 from forebay.kit.channel import connect
+from forebay.kit.pipeline import Service
+from forebay.kit.process import Configuration
 from forebay.kit.relay import Pairs
 from forebay.kit.rpc import Edge
 from forebay.kit.telemetry import Telemetry, off
@@ -27,6 +29,7 @@ from forebay.orchestrator.fleet.fleet import Fleet, Member
 from forebay.orchestrator.fleet.management import Management
 from forebay.orchestrator.fleet.probe import Probe
 from forebay.orchestrator.layers.hedge import FirstDeltas
+from forebay.orchestrator.reload import Reload, replaces
 from forebay.orchestrator.replies import MemoryStore, Store
 from forebay.orchestrator.routing.router import Router
 from forebay.orchestrator.servicer import FLEET_SERVICE, FleetServicer
@@ -39,6 +42,7 @@ class Orchestrator:
     Args:
         settings: the orchestrator's settings.
         telemetry: tracer of this process.
+        configuration: what the settings came from, to be read again. None is nothing.
         source: where jitter and ties come from.
     """
 
@@ -47,19 +51,20 @@ class Orchestrator:
         settings: OrchestratorSettings,
         *,
         telemetry: Telemetry | None = None,
+        configuration: Configuration | None = None,
         source: random.Random | None = None,
     ) -> None:
         self.settings = settings
         self._telemetry = telemetry or off()
         self._source = source or random.Random()  # noqa: S311  # spreads load; it guards nothing
         self._clock: Clock = asyncio.get_running_loop().time
-        feed = Feed()
+        self._feed = Feed()
         self._times = FirstDeltas()
         self.fleet = Fleet(
-            [self._member(backend, feed) for backend in settings.backends if backend.enabled], feed
+            [self._member(backend, settings) for backend in settings.backends if backend.enabled], self._feed
         )
         self.router = Router(weights=settings.scorers, picker=settings.picker, source=self._source)
-        budget = RetryBudget(
+        self._budget = RetryBudget(
             ratio=settings.retry.budget_ratio,
             per_second=settings.retry.budget_per_second,
             clock=self._clock,
@@ -72,32 +77,100 @@ class Orchestrator:
             capacity=self._capacity,
             clock=self._clock,
         )
-        service = request_stack(
+        self._answers = self._store(settings.cache)
+        show(self.fleet, self.admission, self._telemetry.metrics)
+        self.inference = Engine(
+            fleet=self.fleet, service=self._stack(settings), default_model=settings.default_model
+        )
+        self.models = Models(fleet=self.fleet, management=self._management)
+        self.reload = Reload(configuration, settings=lambda: self.settings, apply=self.change)
+        self._servicers: list[FleetServicer] = []
+
+    def register(self, server: grpc.aio.Server, edge: Edge) -> Sequence[str]:
+        """Adds the fleet service to a server and returns its name."""
+        servicer = FleetServicer(
+            fleet=self.fleet,
+            router=self.router,
+            default_model=self.settings.default_model,
+            edge=edge,
+            reload=self.reload,
+        )
+        self._servicers.append(servicer)
+        fleet_pb2_grpc.add_FleetServiceServicer_to_server(servicer, server)
+        return [FLEET_SERVICE]
+
+    def change(self, settings: OrchestratorSettings) -> list[str]:
+        """Goes by other settings from now on. Calls in progress end on what they began with.
+
+        Returns:
+            What was changed besides the settings, a line each.
+
+        Raises:
+            OSError: a file that a backend needs cannot be read; nothing was changed.
+        """
+        before = self.settings
+        members: list[Member] = []
+        news: list[str] = []
+        for backend in settings.backends:
+            if not backend.enabled:
+                continue
+            known = self.fleet.member(backend.name) if backend.name in self.fleet else None
+            stays = known is not None and not replaces(known.endpoint.settings, backend)
+            is_known_there = known is not None and known.credentials == _credentials(backend)
+            if known is None or not stays or not is_known_there:
+                if stays and not is_known_there:
+                    news.append(f'backend "{backend.name}": token read again')
+                known = self._member(backend, settings)
+            members.append(known)
+        if settings == before and not news:
+            return news
+        # From here on nothing may fail.
+        self.settings = settings
+        for member in members:
+            if member.endpoint.name in self.fleet and member is self.fleet.member(member.endpoint.name):
+                self._change_member(member, before, settings)
+        self.fleet.replace(members, grace=settings.reload.grace.total_seconds())
+        self.router.change(weights=settings.scorers, picker=settings.picker)
+        self._budget.change(ratio=settings.retry.budget_ratio, per_second=settings.retry.budget_per_second)
+        self._capacity.change(unknown=settings.admission.concurrency)
+        self.admission.change(
+            queue=settings.admission.queue,
+            queue_bytes=settings.admission.queue_bytes,
+            ageing=settings.admission.ageing.total_seconds(),
+        )
+        self.inference.change(service=self._stack(settings), default_model=settings.default_model)
+        for servicer in self._servicers:
+            servicer.default_model = settings.default_model
+        return news
+
+    def _change_member(
+        self, member: Member, before: OrchestratorSettings, settings: OrchestratorSettings
+    ) -> None:
+        endpoint = member.endpoint
+        backend = next(each for each in settings.backends if each.name == endpoint.name)
+        was = endpoint.settings
+        endpoint.change(backend, aliases=_aliases(settings, backend.name))
+        if was != backend:
+            self._wire(member)
+        if before.probe != settings.probe:
+            member.probe.change(settings.probe)
+
+    def _stack(self, settings: OrchestratorSettings) -> Service:
+        return request_stack(
             settings,
             fleet=self.fleet,
             router=self.router,
-            budget=budget,
+            budget=self._budget,
             source=self._source,
             admission=self.admission,
             pool=self._capacity.pool,
             judge=self.fleet.judge,
-            store=self._store(settings.cache),
+            store=self._answers,
             spawn=self.fleet.spawn,
             weights=self.fleet.weights,
             times=self._times,
             telemetry=self._telemetry,
         )
-        show(self.fleet, self.admission, self._telemetry.metrics)
-        self.inference = Engine(fleet=self.fleet, service=service, default_model=settings.default_model)
-        self.models = Models(fleet=self.fleet, management=self._management)
-
-    def register(self, server: grpc.aio.Server, edge: Edge) -> Sequence[str]:
-        """Adds the fleet service to a server and returns its name."""
-        servicer = FleetServicer(
-            fleet=self.fleet, router=self.router, default_model=self.settings.default_model, edge=edge
-        )
-        fleet_pb2_grpc.add_FleetServiceServicer_to_server(servicer, server)
-        return [FLEET_SERVICE]
 
     def _store(self, settings: CacheSettings) -> Store | None:
         if not settings.max_bytes:
@@ -119,36 +192,48 @@ class Orchestrator:
         self.fleet.on_close(remote.close)
         return remote
 
-    def _member(self, backend: BackendSettings, feed: Feed) -> Member:
-        aliases = {
-            alias: spellings[backend.name]
-            for alias, spellings in self.settings.aliases.items()
-            if backend.name in spellings
-        }
+    def _member(self, backend: BackendSettings, settings: OrchestratorSettings) -> Member:
         endpoint = Endpoint(
             backend,
-            aliases=aliases,
+            aliases=_aliases(settings, backend.name),
             clock=self._clock,
             source=self._source,
-            on_change=feed.publish,
+            on_change=self._feed.publish,
             on_first_delta=self._times.note,
         )
         channel = connect(backend.address, tls_roots=backend.tls_roots)
         credentials = _credentials(backend)
+        probe = Probe(endpoint, channel, settings.probe, source=self._source, credentials=credentials)
+        member = Member(endpoint=endpoint, channel=channel, probe=probe, credentials=credentials)
+        self._wire(member)
+        return member
+
+    def _wire(self, member: Member) -> None:
+        """Gives a backend the stack that its settings ask for."""
+        endpoint = member.endpoint
         endpoint.service = endpoint_stack(
             endpoint,
-            channel=Channel(channel, backend.name, credentials=credentials),
+            channel=Channel(member.channel, endpoint.name, credentials=member.credentials),
             clock=self._clock,
             telemetry=self._telemetry,
         )
-        probe = Probe(endpoint, channel, self.settings.probe, source=self._source, credentials=credentials)
-        return Member(endpoint=endpoint, channel=channel, probe=probe, credentials=credentials)
 
     def _management(self, name: str) -> Management:
         member = self.fleet.member(name)
         return Management(
-            member.channel, name, on_change=member.probe.refresh, credentials=member.credentials
+            member.channel,
+            name,
+            on_change=member.probe.refresh,
+            credentials=member.credentials,
+            held=member.endpoint.held,
         )
+
+
+def _aliases(settings: OrchestratorSettings, backend: str) -> dict[str, str]:
+    """Returns the operator's names for a backend's models."""
+    return {
+        alias: spellings[backend] for alias, spellings in settings.aliases.items() if backend in spellings
+    }
 
 
 def _credentials(backend: BackendSettings) -> Pairs:

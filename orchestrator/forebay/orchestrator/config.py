@@ -281,6 +281,30 @@ class ProbeSettings(Settings):
     reconnect_max: Duration = Field(default=timedelta(seconds=2), description="Longest such wait.")
 
 
+class ReloadSettings(Settings):
+    """How changes of the configuration file take effect without a restart."""
+
+    watch: bool = Field(
+        default=True,
+        description="Whether the file is looked at for changes. SIGHUP and `forebay reload` work either way.",
+    )
+    interval: Duration = Field(
+        default=timedelta(seconds=1),
+        description="Time between two looks. A file is read when it has not changed for that long, so that "
+        "one that is half written is left alone.",
+    )
+    grace: Duration = Field(
+        default=timedelta(minutes=5),
+        description="How long calls on a backend that was removed may go on.",
+    )
+
+    @model_validator(mode="after")
+    def _check_interval(self) -> ReloadSettings:
+        if self.interval <= timedelta(0):
+            raise ValueError("interval must be longer than 0")
+        return self
+
+
 class OrchestratorSettings(ServerSettings):
     """The orchestrator."""
 
@@ -332,6 +356,9 @@ class OrchestratorSettings(ServerSettings):
         "better of two at random, which suits several orchestrators before the same backends.",
     )
     probe: ProbeSettings = Field(default_factory=ProbeSettings, description="How backends are watched.")
+    reload: ReloadSettings = Field(
+        default_factory=ReloadSettings, description="How changes of the file take effect."
+    )
 
     @model_validator(mode="after")
     def _check_backends(self) -> OrchestratorSettings:

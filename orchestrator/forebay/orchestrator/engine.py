@@ -32,6 +32,10 @@ class Engine:
         self._service = service
         self._default_model = default_model
 
+    def change(self, *, service: Service, default_model: str) -> None:
+        """Sends the calls that come from now on down another stack."""
+        self._service, self._default_model = service, default_model
+
     async def generate(self, call: Call[pb.GenerateRequest], send: Send) -> None:
         """Sends a reply of the backend that suits best."""
         await self._service(self._with_model(call), send)

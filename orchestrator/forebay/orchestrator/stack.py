@@ -7,6 +7,7 @@ a call after everything above it, and its events and failures before.
 from __future__ import annotations
 
 import random
+import sys
 from collections.abc import Callable
 from datetime import timedelta
 
@@ -36,6 +37,9 @@ from forebay.orchestrator.layers.span import Span
 from forebay.orchestrator.layers.verify import Judge, Verify
 from forebay.orchestrator.replies import Store
 from forebay.orchestrator.routing.router import Decision, Router
+
+UNLIMITED = sys.maxsize
+"""Slots of a limit that was taken away while calls waited in it."""
 
 
 def request_stack(
@@ -161,6 +165,10 @@ def endpoint_stack(endpoint: Endpoint, *, channel: Service, clock: Clock, teleme
         # Above Measure: waiting for a slot of ours is not the backend's latency. Above Watchdog for the same
         # reason: a call in our queue is not silent.
         layers.append(lambda inner: _limit(endpoint, inner))
+    elif endpoint.limit is not None:
+        # There were slots before. Who waits for one goes at once.
+        endpoint.limit.resize(slots=UNLIMITED, queue=0)
+        endpoint.limit = None
     layers += [
         # Above Watchdog, so that a stall shows on its attempt; below Limit, so that the span is the backend's
         # time and not the time in our queue. Which of Span and Measure is above the other does not matter.
@@ -179,6 +187,9 @@ def endpoint_stack(endpoint: Endpoint, *, channel: Service, clock: Clock, teleme
 
 def _limit(endpoint: Endpoint, inner: Service) -> Limit:
     settings = endpoint.settings
+    if endpoint.limit is not None:  # the stack is built anew, and calls run and wait in the one before
+        endpoint.limit.resize(slots=settings.slots, queue=settings.queue, inner=inner)
+        return endpoint.limit
     # The endpoint shows how many calls wait.
     endpoint.limit = Limit(inner, slots=settings.slots, queue=settings.queue, name=f"backend {settings.name}")
     return endpoint.limit

@@ -37,6 +37,11 @@ class Capacity:
         self._known: dict[str, tuple[float, int]] = {}
         self._pools: dict[str, tuple[float, str]] = {}
 
+    def change(self, *, unknown: int) -> None:
+        """Believes another number of a backend that does not tell."""
+        self._unknown = unknown
+        self._known.clear()
+
     def pool(self, model: str) -> str:
         """Returns the pool of calls for a model: the models that the name means, each on its backend.
 

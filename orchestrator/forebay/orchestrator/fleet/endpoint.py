@@ -7,9 +7,11 @@ picture of it.
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import random
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from datetime import UTC, datetime
 from enum import Enum
 
@@ -97,9 +99,12 @@ class Endpoint:
         self._is_unexplained = False  # it is not serving, and has not been asked why yet
         self._logged = State.UNREACHABLE
         self._absence = ""  # what was last logged of the framework's absence
+        self._listed: tuple[pb.Model, ...] = ()  # in its own words
         self._models: tuple[pb.Model, ...] = ()
         self._are_models_known = False
         self._outstanding = 0
+        self._holders = 0
+        self._idle = asyncio.Event()
         self._first_delta: float | None = None
         self._tokens_per_second: float | None = None
         self._succeeded = 0
@@ -124,6 +129,27 @@ class Endpoint:
         finally:
             self._outstanding -= 1
             self._publish()
+            self._rest()
+
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """Keeps the connection open for the length of a `with` block, for what is no call of inference."""
+        self._holders += 1
+        try:
+            yield
+        finally:
+            self._holders -= 1
+            self._rest()
+
+    async def wait_idle(self) -> None:
+        """Returns when nothing goes on over the connection any more."""
+        while self._outstanding or self._holders:
+            self._idle.clear()
+            await self._idle.wait()
+
+    def _rest(self) -> None:
+        if not self._outstanding and not self._holders:
+            self._idle.set()
 
     def record(self, outcome: Outcome) -> None:
         """Takes in what a call took."""
@@ -172,8 +198,20 @@ class Endpoint:
 
     def list_models(self, models: Sequence[pb.Model]) -> None:
         """It listed its models."""
+        self._listed = tuple(models)
+        found = self._named()
+        is_news = found != self._models or not self._are_models_known or bool(self._list_error)
+        self._models, self._are_models_known, self._list_error = found, True, ""
+        if self._is_unexplained or self._is_framework_gone:
+            self._is_unexplained = self._is_framework_gone = False
+            self.update()
+        elif is_news:
+            self._publish()
+
+    def _named(self) -> tuple[pb.Model, ...]:
+        """Returns the models with our name for the backend, and the operator's names for them."""
         listed: dict[str, pb.Model] = {}
-        for model in models:
+        for model in self._listed:
             ours = pb.Model()
             ours.CopyFrom(model)
             ours.backend = self.name
@@ -182,14 +220,7 @@ class Endpoint:
             meant = find_model(spelling, listed.values())
             if meant is not None and alias not in meant.aliases:
                 meant.aliases.append(alias)
-        found = tuple(listed.values())
-        is_news = found != self._models or not self._are_models_known or bool(self._list_error)
-        self._models, self._are_models_known, self._list_error = found, True, ""
-        if self._is_unexplained or self._is_framework_gone:
-            self._is_unexplained = self._is_framework_gone = False
-            self.update()
-        elif is_news:
-            self._publish()
+        return tuple(listed.values())
 
     def fail_to_list(self, detail: str, *, is_gone: bool = False) -> None:
         """It could not list its models. The last list is kept.
@@ -213,6 +244,14 @@ class Endpoint:
             self._publish()
 
     # What an operator wants.
+
+    def change(self, settings: BackendSettings, *, aliases: Mapping[str, str]) -> None:
+        """Goes by other settings from now on. Whoever built the stack builds it anew."""
+        self.settings = settings
+        self.breakers.change(settings.breaker)
+        self._aliases = dict(aliases)
+        self._models = self._named()
+        self.update()
 
     def drain(self) -> None:
         """Takes it out of routing. Calls in progress go on."""

@@ -55,21 +55,32 @@ class Probe:
         self._stub = inference_pb2_grpc.InferenceServiceStub(channel)
         self._look = asyncio.Event()
 
+    def change(self, settings: ProbeSettings) -> None:
+        """Looks as often as other settings say, and at once."""
+        self._settings = settings
+        self.refresh()
+
     def refresh(self) -> None:
         """Asks for the models again soon, because they are likely to have changed."""
         self._look.set()
 
     async def watch_health(self) -> None:
         """Follows the backend's health, and looks for it again when it is lost."""
-        backoff = Backoff(self._settings.reconnect_min, self._settings.reconnect_max, source=self._source)
+        backoff = self._backoff()
         # The first try fails at once where nobody listens, which tells why. Later ones wait in the channel,
         # which connects by itself, so that a backend that appears is seen without another wait of ours.
         waits = False
         while True:
+            known = self._settings
             detail = await self._follow(backoff, waits=waits)
             self._endpoint.lose(detail)
+            if self._settings is not known:
+                backoff = self._backoff()
             await asyncio.sleep(backoff.next())
             waits = True
+
+    def _backoff(self) -> Backoff:
+        return Backoff(self._settings.reconnect_min, self._settings.reconnect_max, source=self._source)
 
     async def _follow(self, backoff: Backoff, *, waits: bool) -> str:
         """Passes on what the backend says until it is lost. Returns why it was."""

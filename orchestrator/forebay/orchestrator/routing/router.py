@@ -139,9 +139,13 @@ class Router:
     """
 
     def __init__(self, *, weights: ScorerWeights, picker: str, source: random.Random) -> None:
+        self._source = source
+        self.change(weights=weights, picker=picker)
+
+    def change(self, *, weights: ScorerWeights, picker: str) -> None:
+        """Compares backends by other weights, or takes them by another picker, from now on."""
         self._weights: dict[str, float] = {name: getattr(weights, name) for name in SCORERS}
         self._picker = PICKERS[picker]
-        self._source = source
 
     def decide(
         self,
