@@ -41,8 +41,13 @@ class Desk:
         asked = self.ask(name, size, backend=backend)
         assert self.loads.pop() == asked.key
         self.ledger.loaded(asked.key, size=size, seconds=seconds)
-        self.ledger.release(asked.key)
+        self.release(asked.key)
         return asked.key
+
+    def release(self, key: Key) -> None:
+        entry = self.ledger.find(key)
+        assert entry is not None
+        self.ledger.release(entry)
 
     def stage(self, key: Key) -> Stage | None:
         entry = self.ledger.find(key)
@@ -87,7 +92,7 @@ def test_two_loads_that_fit_alone_and_not_together_are_not_made_together() -> No
     desk.ledger.loaded(one.key)
     assert desk.loads == [one.key], "the first is in use"
     assert desk.ledger.is_waiting(two.waiter)
-    desk.ledger.release(one.key)
+    desk.release(one.key)
     assert desk.evictions == [one.key]
     assert desk.loads == [one.key], "not before it has left"
     desk.ledger.evicted(one.key)
@@ -99,7 +104,7 @@ def test_what_can_never_fit_is_refused_with_figures() -> None:
     desk = Desk(limit=10)
     pinned = desk.ask("p", 6, pinned=True)
     desk.ledger.loaded(pinned.key)
-    desk.ledger.release(pinned.key)
+    desk.release(pinned.key)
     refused = desk.ask("m", 5, backend="b")
     assert isinstance(refused.failure, MemoryExhausted)
     assert refused.failure.metadata == {
@@ -189,7 +194,7 @@ def test_a_model_that_is_asked_for_while_it_leaves_comes_back() -> None:
     desk.ledger.evicted(gone)
     assert desk.stage(("a", "m")) is Stage.LOADING
     desk.ledger.loaded(("a", "m"))
-    desk.ledger.release(("a", "m"))
+    desk.release(("a", "m"))
     desk.ledger.evicted(("a", "m"))
     desk.ledger.loaded(gone)
     assert back.told == [None]
@@ -228,7 +233,7 @@ def test_a_list_from_before_a_load_takes_nothing_away() -> None:
     assert desk.ledger.hold(key)
     desk.ledger.observe("a", [], asked=9.0)
     assert desk.stage(key) is Stage.RESIDENT, "it is in use, so it is there"
-    desk.ledger.release(key)
+    desk.release(key)
     desk.ledger.observe("a", [], asked=9.0)
     assert desk.stage(key) is None
     assert not desk.ledger.hold(key)
@@ -351,7 +356,6 @@ def test_what_is_told_late_or_twice_changes_nothing() -> None:
     desk.ledger.failed(key, ModelLoadFailed("x"))
     desk.ledger.evicted(key)
     desk.ledger.kept(key)
-    desk.ledger.release(key)
     desk.ledger.pin(("a", "nobody"), pinned=True)
     entry = desk.ledger.find(key)
     assert entry is not None
@@ -416,7 +420,7 @@ class Simulation(Desk):
                 key = self.evictions.pop(chance.randrange(len(self.evictions)))
                 (self.ledger.evicted if chance.random() < 0.9 else self.ledger.kept)(key)
             case 7:
-                done = [ask for ask in self.asks if ask.told == [None] and ask.waiter.holds]
+                done = [ask for ask in self.asks if ask.told == [None] and ask.waiter.held]
                 if done:
                     self.ledger.leave(chance.choice(done).waiter)
             case 8:
@@ -454,7 +458,7 @@ class Simulation(Desk):
                 self._end_load(self.loads.pop())
             elif self.evictions:
                 self.ledger.evicted(self.evictions.pop())
-            elif holding := [ask for ask in self.asks if ask.waiter.holds]:
+            elif holding := [ask for ask in self.asks if ask.waiter.held]:
                 self.ledger.leave(holding[0].waiter)
             else:
                 self.time += 60.0  # what was stuck is no longer

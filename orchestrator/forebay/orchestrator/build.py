@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import random
-from collections.abc import Sequence
+from collections.abc import Coroutine, Sequence
+from functools import partial
 
 import grpc.aio
 
@@ -29,6 +30,7 @@ from forebay.orchestrator.fleet.fleet import Fleet, Member
 from forebay.orchestrator.fleet.management import Management
 from forebay.orchestrator.fleet.probe import Probe
 from forebay.orchestrator.layers.hedge import FirstDeltas
+from forebay.orchestrator.placement.placement import Placement
 from forebay.orchestrator.reload import Reload, replaces
 from forebay.orchestrator.replies import MemoryStore, Store
 from forebay.orchestrator.routing.router import Router
@@ -59,6 +61,13 @@ class Orchestrator:
         self._source = source or random.Random()  # noqa: S311  # spreads load; it guards nothing
         self._clock: Clock = asyncio.get_running_loop().time
         self._feed = Feed()
+        self.placement = Placement(
+            settings.placement,
+            backends=lambda: self.fleet,
+            management=self._management,
+            spawn=self._spawn,
+            clock=self._clock,
+        )
         self._times = FirstDeltas()
         self.fleet = Fleet(
             [self._member(backend, settings) for backend in settings.backends if backend.enabled], self._feed
@@ -77,12 +86,13 @@ class Orchestrator:
             capacity=self._capacity,
             clock=self._clock,
         )
+        self.placement.show(self._telemetry.metrics)
         self._answers = self._store(settings.cache)
         show(self.fleet, self.admission, self._telemetry.metrics)
         self.inference = Engine(
             fleet=self.fleet, service=self._stack(settings), default_model=settings.default_model
         )
-        self.models = Models(fleet=self.fleet, management=self._management)
+        self.models = Models(fleet=self.fleet, management=self._management, load=self.placement.load)
         self.reload = Reload(configuration, settings=lambda: self.settings, apply=self.change)
         self._servicers: list[FleetServicer] = []
 
@@ -129,7 +139,11 @@ class Orchestrator:
         for member in members:
             if member.endpoint.name in self.fleet and member is self.fleet.member(member.endpoint.name):
                 self._change_member(member, before, settings)
+        for name in self.fleet.names:
+            if self.fleet.member(name) not in members:
+                self.placement.lost(name)
         self.fleet.replace(members, grace=settings.reload.grace.total_seconds())
+        self.placement.change(settings.placement)
         self.router.change(weights=settings.scorers, picker=settings.picker)
         self._budget.change(ratio=settings.retry.budget_ratio, per_second=settings.retry.budget_per_second)
         self._capacity.change(unknown=settings.admission.concurrency)
@@ -192,6 +206,9 @@ class Orchestrator:
         self.fleet.on_close(remote.close)
         return remote
 
+    def _spawn(self, work: Coroutine[None, None, None], name: str) -> None:
+        self.fleet.spawn(work, name)
+
     def _member(self, backend: BackendSettings, settings: OrchestratorSettings) -> Member:
         endpoint = Endpoint(
             backend,
@@ -203,7 +220,16 @@ class Orchestrator:
         )
         channel = connect(backend.address, tls_roots=backend.tls_roots)
         credentials = _credentials(backend)
-        probe = Probe(endpoint, channel, settings.probe, source=self._source, credentials=credentials)
+        endpoint.memory = partial(self.placement.memory, endpoint.name)
+        endpoint.room = partial(self.placement.room, endpoint.name)
+        probe = Probe(
+            endpoint,
+            channel,
+            settings.probe,
+            source=self._source,
+            credentials=credentials,
+            observer=self.placement,
+        )
         member = Member(endpoint=endpoint, channel=channel, probe=probe, credentials=credentials)
         self._wire(member)
         return member
@@ -216,6 +242,7 @@ class Orchestrator:
             channel=Channel(member.channel, endpoint.name, credentials=member.credentials),
             clock=self._clock,
             telemetry=self._telemetry,
+            held=partial(self.placement.held, endpoint),
         )
 
     def _management(self, name: str) -> Management:

@@ -255,6 +255,12 @@ class ScorerWeights(Settings):
         default=4.0, ge=0.0, description="The model is in memory. Loading one takes longer than most answers."
     )
     load: float = Field(default=3.0, ge=0.0, description="Few calls in progress for its slots.")
+    memory: float = Field(
+        default=2.0,
+        ge=0.0,
+        description="There is room for the model where it is not in memory: at once, or after idle models "
+        "have left.",
+    )
     context: float = Field(default=2.0, ge=0.0, description="The request fits the context as it is loaded.")
     proven: float = Field(
         default=2.0,
@@ -279,6 +285,49 @@ class ProbeSettings(Settings):
         description="First wait before a lost backend is looked for again.",
     )
     reconnect_max: Duration = Field(default=timedelta(seconds=2), description="Longest such wait.")
+
+
+class PlacedModel(Settings):
+    """A model that is to be in memory."""
+
+    model: str = Field(description="The model, by any of its names.")
+    backend: Name | None = Field(
+        default=None, description="Backend to load it on. Unset is the first that has it."
+    )
+    pinned: bool = Field(default=False, description="Whether it never leaves memory for another model.")
+
+
+class PlacementSettings(Settings):
+    """How models of all backends share the memory."""
+
+    enabled: bool = Field(
+        default=True,
+        description="Whether the orchestrator loads models, and unloads idle ones that are in the way. Off, "
+        "each framework does as it likes.",
+    )
+    memory: ByteSize = Field(
+        default=0,
+        description="Bytes that models may take on this machine, over all frameworks. 0 is `share` of its "
+        "memory; where a graphics card has memory of its own it is no limit.",
+    )
+    share: Fraction = Field(
+        default=0.75,
+        description="Share of a host's memory that models may take. Apple's own limit for its graphics is "
+        "about as much.",
+    )
+    wait: Duration = Field(
+        default=timedelta(seconds=30),
+        description="How long a call waits for room that models in use take, before it is refused or tried "
+        "elsewhere.",
+    )
+    load_timeout: Duration = Field(
+        default=timedelta(minutes=10), description="How long a backend may take to load a model."
+    )
+    models: tuple[PlacedModel, ...] = Field(
+        default=(),
+        description="Models that are loaded at the start, and again when their backend returns, each in a "
+        "table [[orchestrator.placement.models]].",
+    )
 
 
 class ReloadSettings(Settings):
@@ -356,6 +405,9 @@ class OrchestratorSettings(ServerSettings):
         "better of two at random, which suits several orchestrators before the same backends.",
     )
     probe: ProbeSettings = Field(default_factory=ProbeSettings, description="How backends are watched.")
+    placement: PlacementSettings = Field(
+        default_factory=PlacementSettings, description="How models share the memory."
+    )
     reload: ReloadSettings = Field(
         default_factory=ReloadSettings, description="How changes of the file take effect."
     )
@@ -373,6 +425,11 @@ class OrchestratorSettings(ServerSettings):
             if unknown:
                 raise ValueError(
                     f"aliases.{alias}: there is no backend {unknown[0]}; there are {', '.join(names)}"
+                )
+        for placed in self.placement.models:
+            if placed.backend is not None and placed.backend not in names:
+                raise ValueError(
+                    f"placement.models: there is no backend {placed.backend}; there are {', '.join(names)}"
                 )
         if self.default_deadline > self.max_deadline:
             raise ValueError("default_deadline must not be longer than max_deadline")

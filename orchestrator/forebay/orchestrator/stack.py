@@ -31,6 +31,7 @@ from forebay.orchestrator.layers.deadline import Deadline
 from forebay.orchestrator.layers.fallback import Fallback
 from forebay.orchestrator.layers.guard import Guard
 from forebay.orchestrator.layers.hedge import FirstDeltas, Hedge
+from forebay.orchestrator.layers.place import Held, Place
 from forebay.orchestrator.layers.remember import Lookup, Remember
 from forebay.orchestrator.layers.route import Fleet, Route
 from forebay.orchestrator.layers.span import Span
@@ -146,7 +147,14 @@ def request_stack(
     )
 
 
-def endpoint_stack(endpoint: Endpoint, *, channel: Service, clock: Clock, telemetry: Telemetry) -> Service:
+def endpoint_stack(
+    endpoint: Endpoint,
+    *,
+    channel: Service,
+    clock: Clock,
+    telemetry: Telemetry,
+    held: Held | None = None,
+) -> Service:
     """Returns the stack of one backend, which every attempt on it goes down.
 
     Args:
@@ -154,9 +162,15 @@ def endpoint_stack(endpoint: Endpoint, *, channel: Service, clock: Clock, teleme
         channel: the call to its process.
         clock: gives the time in seconds.
         telemetry: of this process.
+        held: keeps a model in memory. None leaves that to the backend.
     """
     settings = endpoint.settings
-    layers: list[Layer] = [
+    layers: list[Layer] = []
+    if held is not None:
+        # Above Guard, so that a load, however slow or unlucky, moves no breaker and is no latency; above
+        # Limit, so that a call that waits for its model takes no slot from one that does not.
+        layers.append(lambda inner: Place(inner, held=held))
+    layers += [
         # Above Watchdog, so that a stall counts as a failure; above Limit, so that a call that is refused
         # here never took a slot.
         lambda inner: Guard(inner, breakers=endpoint.breakers, on_change=endpoint.update),

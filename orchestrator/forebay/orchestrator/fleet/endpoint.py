@@ -26,6 +26,7 @@ from forebay.orchestrator.config import BackendSettings
 from forebay.orchestrator.fleet.breaker import BreakerState
 from forebay.orchestrator.fleet.breakers import Breakers
 from forebay.orchestrator.fleet.trust import Trust
+from forebay.orchestrator.placement.room import ROOMY, Room
 from forebay.orchestrator.routing.names import find_model
 from forebay.orchestrator.routing.view import EndpointView
 
@@ -84,6 +85,10 @@ class Endpoint:
         self.breakers = Breakers(settings.name, settings.breaker, clock=clock, source=source)
         self.trust = Trust(clock=clock)
         self.limit: Limit | None = None
+        self.memory: Callable[[], pb.Memory | None] = lambda: None
+        """Returns the memory that its models share, as far as that is known."""
+        self.room: Callable[[str], Room] = lambda model: ROOMY
+        """Returns how much room there is for a model."""
         self.service: Service | None = None
         self._aliases = dict(aliases)
         self._clock = clock
@@ -355,6 +360,7 @@ class Endpoint:
             first_delta=self._first_delta,
             success_rate=whole.success_rate,
             doubts=self.trust.doubts(),
+            room=self.room,
             weight=self.settings.weight,
         )
 
@@ -404,6 +410,9 @@ class Endpoint:
             failed_call_count=self._failed,
         )
         backend.state_change_time.FromDatetime(self._change_time)
+        memory = self.memory()
+        if memory is not None:
+            backend.memory.CopyFrom(memory)
         if self._first_delta is not None:
             backend.first_delta_duration.FromNanoseconds(int(self._first_delta * 1e9))
         for model, breaker in self.breakers.not_closed():

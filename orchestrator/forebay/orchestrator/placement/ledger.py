@@ -80,8 +80,8 @@ class Waiter:
     """The model."""
     is_over: bool = False
     """Whether they were told, or left."""
-    holds: bool = False
-    """Whether the model is held for them."""
+    held: Entry | None = None
+    """What is held for them."""
 
 
 @dataclass(eq=False, slots=True, kw_only=True)
@@ -283,24 +283,21 @@ class Ledger:
 
     # What calls want.
 
-    def hold(self, key: Key) -> bool:
-        """Keeps a model in memory until `release`. Returns False, and keeps nothing, if it is not there."""
+    def hold(self, key: Key) -> Entry | None:
+        """Keeps a model in memory until `release`. Returns None, and keeps nothing, if it is not there."""
         entry = self._entries.get(key)
         if entry is None or entry.stage is not Stage.RESIDENT:
-            return False
+            return None
         entry.users += 1
         entry.used = self._clock()
-        return True
+        return entry
 
-    def release(self, key: Key) -> None:
-        """Lets go of a model that was held."""
-        entry = self._entries.get(key)
-        if entry is None or not entry.users:  # its backend was lost meanwhile
-            return
-        entry.users -= 1
-        entry.used = self._clock()
-        if not entry.users:
-            self._pump_of(key[0])
+    def release(self, held: Entry) -> None:
+        """Lets go of what was held, once."""
+        held.users -= 1
+        held.used = self._clock()
+        if not held.users:
+            self._pump_of(held.key[0])
 
     def ask(
         self, key: Key, size: int, on_end: Callable[[Failure | None], None], *, pinned: bool = False
@@ -330,9 +327,9 @@ class Ledger:
 
     def leave(self, waiter: Waiter) -> None:
         """Takes a waiter out. A load that has begun goes on; a model that was held is let go."""
-        if waiter.holds:
-            waiter.holds = False
-            self.release(waiter.key)
+        held, waiter.held = waiter.held, None
+        if held is not None:
+            self.release(held)
         if waiter.is_over:
             return
         waiter.is_over = True
@@ -514,7 +511,7 @@ class Ledger:
         for waiter in waiters:
             waiter.is_over = True
             if failure is None:
-                waiter.holds = True
+                waiter.held = entry
                 entry.users += 1
         for waiter in waiters:
             waiter.on_end(failure)

@@ -18,6 +18,7 @@ from forebay.kit.failure import (
     CapabilityUnsupported,
     ContextExceeded,
     Failure,
+    MemoryExhausted,
     ModelNotFound,
     ModelQuarantined,
     NoBackend,
@@ -26,7 +27,7 @@ from forebay.kit.failure import (
 from forebay.kit.pipeline import Request, Resumption
 from forebay.orchestrator.config import ScorerWeights
 from forebay.orchestrator.routing.classify import Traits, classify
-from forebay.orchestrator.routing.filters import FILTERS, Question
+from forebay.orchestrator.routing.filters import FILTERS, Question, is_cold
 from forebay.orchestrator.routing.names import find_model
 from forebay.orchestrator.routing.pickers import PICKERS
 from forebay.orchestrator.routing.scorers import SCORERS
@@ -82,7 +83,7 @@ class Decision:
     is_last_resort: bool = False
     """Whether it goes to a backend that rests, because there is no other."""
 
-    def failure(self) -> Failure:
+    def failure(self) -> Failure:  # noqa: PLR0911  # a line for each way of having nobody
         """Returns what to tell the caller if there is none to choose."""
         refusals = {candidate.name: candidate.detail for candidate in self.candidates}
         listed = "; ".join(f"{name}: {detail}" for name, detail in refusals.items())
@@ -107,6 +108,10 @@ class Decision:
         if by == {"context"}:
             return ContextExceeded(
                 f"the request does not fit model {self.model} ({listed})", metadata=metadata
+            )
+        if by == {"memory"}:
+            return MemoryExhausted(
+                f"no backend has room for model {self.model} ({listed})", metadata=metadata
             )
         if "room" in by:
             return QueueFull(
@@ -220,6 +225,8 @@ class Router:
         """Whether a score can differ. One that is the same for all squeezes the rest into a corner."""
         if scorer == "preference":
             return bool(question.allowed)
+        if scorer == "memory":
+            return question.found is not None and is_cold(question.found)
         if scorer == "proven":
             return not question.traits.needs <= _PLAIN
         return True

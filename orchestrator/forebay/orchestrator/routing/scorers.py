@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from typing import TypeAlias
 
 from forebay.inference.v1 import inference_pb2 as pb
+from forebay.orchestrator.placement.room import estimate
 from forebay.orchestrator.routing.filters import Question
 
 Scorer: TypeAlias = Callable[[Question], float]
@@ -31,6 +32,16 @@ def loaded(question: Question) -> float:
     if state == pb.Model.STATE_UNSPECIFIED:  # some frameworks do not say
         return 0.5
     return 0.3 if state == pb.Model.STATE_LOADING else 0.0
+
+
+def memory(question: Question) -> float:
+    """Whether there is room for the model. Asked only of models that are not in memory."""
+    if question.found is None:
+        return 0.0
+    room, need = question.endpoint.room(question.found.id), estimate(question.found)
+    if need <= room.free:
+        return 1.0
+    return 0.5 if need <= room.free + room.evictable else 0.0
 
 
 def load(question: Question) -> float:
@@ -83,6 +94,7 @@ def weight(question: Question) -> float:
 SCORERS: Mapping[str, Scorer] = {
     "preference": preference,
     "loaded": loaded,
+    "memory": memory,
     "load": load,
     "proven": proven,
     "context": context,

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 from forebay.inference.v1 import inference_pb2 as pb
+from forebay.orchestrator.placement.room import ROOMY, Room
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -50,6 +51,8 @@ class EndpointView:
     """Recent seconds to the first delta. None is not known."""
     success_rate: float = 1.0
     """Recent share of calls that it did not fail."""
+    room: Callable[[str], Room] = lambda model: ROOMY
+    """How much room there is for a model. Asked for when it matters, which is seldom."""
     doubts: Mapping[tuple[str, int], float] = field(default_factory=dict)
     """How far its word was not kept lately, in (0.0, 1.0], by model and capability."""
     weight: float = 1.0
