@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import random
 from collections.abc import Coroutine, Sequence
+from contextlib import AbstractAsyncContextManager, nullcontext
 from functools import partial
 
 import grpc.aio
@@ -16,6 +17,7 @@ from forebay.kit.process import Configuration
 from forebay.kit.relay import Pairs
 from forebay.kit.rpc import Edge
 from forebay.kit.telemetry import Telemetry, off
+from forebay.orchestrator.activity import Activity
 from forebay.orchestrator.admission import Admission
 from forebay.orchestrator.budget import RetryBudget
 from forebay.orchestrator.clock import Clock
@@ -86,6 +88,7 @@ class Orchestrator:
             capacity=self._capacity,
             clock=self._clock,
         )
+        self.activity = Activity(self.admission, clock=self._clock)
         self.placement.show(self._telemetry.metrics)
         self._answers = self._store(settings.cache)
         show(self.fleet, self.admission, self._telemetry.metrics)
@@ -103,6 +106,7 @@ class Orchestrator:
             router=self.router,
             default_model=self.settings.default_model,
             edge=edge,
+            activity=self.activity,
             reload=self.reload,
         )
         self._servicers.append(servicer)
@@ -184,7 +188,17 @@ class Orchestrator:
             weights=self.fleet.weights,
             times=self._times,
             telemetry=self._telemetry,
+            activity=self.activity,
         )
+
+    def dashboard(self) -> AbstractAsyncContextManager[object]:
+        """Serves the dashboard for the length of a block, if there is an address for it."""
+        if self.settings.web_address is None:
+            return nullcontext()
+        # Only here, for it needs an HTTP server that most orchestrators do without.
+        from forebay.orchestrator.web.server import serving  # noqa: PLC0415
+
+        return serving(self.settings, fleet=self.fleet, activity=self.activity, admission=self.admission)
 
     def _store(self, settings: CacheSettings) -> Store | None:
         if not settings.max_bytes:

@@ -32,8 +32,8 @@ logger = logging.getLogger(__name__)
 
 SECTION = "orchestrator"
 
-_FIXED = frozenset(ServerSettings.model_fields)
-"""Keys of the orchestrator that were used when the port was bound."""
+_FIXED = frozenset(ServerSettings.model_fields) | {"web_address", "web_hosts", "trace_url"}
+"""Keys of the orchestrator that were used when its ports were bound."""
 
 _FIXED_CACHE = frozenset(CacheSettings.model_fields) - {"shared"}
 """Keys of the cache that its store was made with."""
