@@ -54,7 +54,7 @@ def test_a_wrong_configuration_is_told_line_by_line(
         f"the configuration is wrong, and nothing was changed:\n{text}",
         violations=[("configuration", line) for line in lines],
     )
-    assert main(["reload"]) == ExitCode.REQUEST
+    assert main(["reload"]) == ExitCode.CONFIG
     error = capsys.readouterr().err
     assert all(error.count(line) == 1 for line in lines)
 

@@ -169,8 +169,8 @@ def test_attempts_fit_the_trailers_however_many_there_are() -> None:
     failure = BackendUnavailable("x" * 5000, metadata={f"k{i}": "v" * 999 for i in range(99)})
     failure.attempts = tuple(Attempt("ä" * 999, "R" * 999, "m" * 999) for _ in range(99))
     status = failure.to_status()
-    assert len(over_the_wire(failure)) == 8
-    assert status.ByteSize() < 4096 + 1024 + 8 * 3 * 70
+    assert len(over_the_wire(failure)) == 6
+    assert status.ByteSize() < 4096 + 1024 + 6 * 3 * 52
 
 
 # Promises.

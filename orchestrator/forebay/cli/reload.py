@@ -9,7 +9,9 @@ import typer
 
 from forebay.cli import command, render
 from forebay.cli.client import DEFAULT_ADDRESS, connected
+from forebay.cli.problems import ExitCode, Problem
 from forebay.fleet.v1 import fleet_pb2 as fleet_pb
+from forebay.kit.failure import InvalidRequest
 
 
 @command.command
@@ -37,4 +39,8 @@ def lines(answer: fleet_pb.ReloadConfigurationResponse) -> list[str]:
 
 async def _reload(address: str, *, check: bool) -> fleet_pb.ReloadConfigurationResponse:
     async with connected(address) as client:
-        return await client.reload(validate_only=check)
+        try:
+            return await client.reload(validate_only=check)
+        except InvalidRequest as refusal:
+            title, *mistakes = refusal.message.splitlines()
+            raise Problem(title.rstrip(":"), code=ExitCode.CONFIG, lines=mistakes) from refusal

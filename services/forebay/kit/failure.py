@@ -34,8 +34,8 @@ METADATA_VALUE_BYTES = 256
 DETAIL_ENTRIES = 8
 """Most metadata entries and field violations in a status, for the same reason."""
 
-_ATTEMPT_BYTES = 64
-"""Most bytes of each name in an attempt, for the same reason."""
+_ATTEMPTS, _ATTEMPT_BYTES = 6, 48
+"""Most attempts in a status, and most bytes of each name in one, for the same reason."""
 
 _UNPRINTABLE = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 
@@ -116,7 +116,7 @@ class Failure(Exception):
             _attach(status, bad)
         if self.attempts:
             tried = pb.FailedAttempts()
-            for attempt in self.attempts[:DETAIL_ENTRIES]:
+            for attempt in self.attempts[:_ATTEMPTS]:
                 tried.attempts.add(
                     backend=_fit(attempt.backend, _ATTEMPT_BYTES),
                     reason=_fit(attempt.reason, _ATTEMPT_BYTES),

@@ -105,7 +105,12 @@ class Fallback:
         """
         if call.resumption is None:  # going on with a reply is no new call
             self._budget.deposit()
-        await _Attempts(self, call, send).run()
+        attempts = _Attempts(self, call, send)
+        try:
+            await attempts.run()
+        except Failure as failure:
+            attempts.list_in(failure)
+            raise
 
     async def attempt(self, call: Call[Request], send: Send) -> Failure | None:
         """Makes one attempt and returns the failure that allows for another one, or None when it is served.
@@ -164,18 +169,6 @@ class _Attempts:
         self._model = ""  # that the last attempt asked for
 
     async def run(self) -> None:
-        """Serves the call.
-
-        Raises:
-            Failure: with every attempt in it, whichever of them is told.
-        """
-        try:
-            await self._run()
-        except Failure as failure:
-            self._list_attempts(failure)
-            raise
-
-    async def _run(self) -> None:
         while True:
             tried_before = len(self._failures)
             for model in self._models:
@@ -224,7 +217,8 @@ class _Attempts:
             raise self._verdict()
         await asyncio.sleep(wait)
 
-    def _list_attempts(self, failure: Failure) -> None:
+    def list_in(self, failure: Failure) -> None:
+        """Names every attempt in the failure that the call ends with."""
         backend = failure.metadata.get("backend")
         is_last = failure not in self._failures and failure not in self._refusals
         if is_last and backend is not None:  # it ended the call without a verdict

@@ -170,7 +170,10 @@ class Dashboard:
             while not self._closing.is_set():
                 told = view.activity(watch.look()) | more
                 told["samples"] = samples
-                told["backends"] = view.backends(self._fleet[name].to_proto() for name in changes.take())
+                changed = changes.take()
+                here = [name for name in changed if name in self._fleet]
+                told["backends"] = view.backends(self._fleet[name].to_proto() for name in here)
+                told["removed"] = [name for name in changed if name not in self._fleet]
                 async with asyncio.timeout(STUCK):
                     await response.write(b"event: %b\ndata: %b\n\n" % (kind.encode(), orjson.dumps(told)))
                 with contextlib.suppress(TimeoutError):

@@ -1969,7 +1969,7 @@ class FailedAttempts(google.protobuf.message.Message):
     ATTEMPTS_FIELD_NUMBER: builtins.int
     @property
     def attempts(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[Global___FailedAttempt]:
-        """At most eight: the first ones."""
+        """The first six, if there are more."""
 
     def __init__(
         self,

@@ -146,6 +146,7 @@ function take(told) {
   state.totals = told.totals;
   state.active = told.active;
   for (const backend of told.backends) state.backends.set(backend.name, backend);
+  for (const name of told.removed) state.backends.delete(name);
   for (const name of state.backends.keys()) if (!state.names.includes(name)) state.names.push(name);
   state.samples.push(...told.samples);
   const begin = state.now - SPAN - 5000;
