@@ -18,6 +18,7 @@ from forebay.cli.explain import explain
 from forebay.cli.models import models
 from forebay.cli.reload import reload
 from forebay.cli.status import drain, resume, status
+from forebay.cli.top.program import top
 from forebay.cli.up import up
 
 app = typer.Typer(
@@ -31,6 +32,7 @@ app.command()(up)
 app.command()(chat)
 app.command()(embed)
 app.command()(status)
+app.command()(top)
 app.command()(explain)
 app.add_typer(models, name="models")
 app.command()(drain)
