@@ -56,6 +56,8 @@ async def test_a_cold_model_is_loaded_with_progress_and_the_idle_one_of_another_
             assert loaded == {model}, "never both"
             shown = await memory(mesh, "two")
             assert (shown.limit_bytes, shown.used_bytes, shown.reserved_bytes) == (3 * MIB // 2, MIB, 0)
+            listed = await mesh.client.ListModels(pb.ListModelsRequest())
+            assert (listed.memory.host, listed.memory.used_bytes) == ("", MIB)
 
 
 async def test_what_can_never_fit_is_refused_with_figures(tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import random
+import signal
 from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
@@ -161,6 +162,23 @@ def test_without_a_configuration_there_is_nothing_to_read() -> None:
     with pytest.raises(CapabilityUnsupported):
         reload.reload()
     assert reload._signature() is None
+
+
+def test_a_closed_terminal_ends_the_process_and_any_other_sighup_reads_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rig = Rig(tmp_path)
+    raised: list[int] = []
+    monkeypatch.setattr("forebay.orchestrator.reload.signal.raise_signal", raised.append)
+    has_terminal = True
+    monkeypatch.setattr("forebay.orchestrator.reload.os.isatty", lambda descriptor: has_terminal)
+    rig.reload._take_signal(True)
+    assert (len(rig.applied), raised) == (1, [])
+    has_terminal = False
+    rig.reload._take_signal(False)
+    assert (len(rig.applied), raised) == (2, [])
+    rig.reload._take_signal(True)
+    assert (len(rig.applied), raised) == (2, [signal.SIGTERM])
 
 
 @virtual

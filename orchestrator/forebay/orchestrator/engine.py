@@ -13,6 +13,7 @@ from forebay.models.v1 import models_pb2 as models_pb
 from forebay.orchestrator.fleet.endpoint import Endpoint
 from forebay.orchestrator.fleet.fleet import Fleet
 from forebay.orchestrator.fleet.management import Management
+from forebay.orchestrator.placement.host import LOCAL
 from forebay.orchestrator.placement.room import ROOMY, estimate
 
 Load: TypeAlias = Callable[[Endpoint, models_pb.LoadModelRequest, SendLoad], Awaitable[None]]
@@ -61,6 +62,11 @@ class Engine:
                 answer.unreachable.append(endpoint.name)
             elif endpoint.is_listed:
                 answer.models.extend(endpoint.models)
+        memories = [memory for name in names if (memory := self._fleet[name].memory()) is not None]
+        if len({memory.host for memory in memories}) == 1:
+            answer.memory.CopyFrom(memories[0])
+            if answer.memory.host == LOCAL:
+                answer.memory.ClearField("host")  # whoever is elsewhere knows better what to call it
         return answer
 
     async def _ask(self, call: Call[R], kind: type[A]) -> A:

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 import signal
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -40,6 +41,8 @@ _FIXED_CACHE = frozenset(CacheSettings.model_fields) - {"shared"}
 
 _UNSHOWN = ("token", "digests")
 """Words in the names of keys whose values are not put into logs."""
+
+_STDIN = 0
 
 Signature: TypeAlias = tuple[str, int, int, int]
 """What tells one state of a file from another: its name, when it was written, its size, its inode."""
@@ -138,11 +141,18 @@ class Reload:
     async def run(self) -> None:
         """Reloads on SIGHUP and when the file changes, until it is cancelled."""
         loop = asyncio.get_running_loop()
-        loop.add_signal_handler(signal.SIGHUP, self.attempt, "SIGHUP")
+        loop.add_signal_handler(signal.SIGHUP, self._take_signal, os.isatty(_STDIN))
         try:
             await self._watch()
         finally:
             loop.remove_signal_handler(signal.SIGHUP)
+
+    def _take_signal(self, had_terminal: bool) -> None:
+        # The same signal tells that the terminal was closed. Then it is meant as it is for any command.
+        if had_terminal and not os.isatty(_STDIN):
+            signal.raise_signal(signal.SIGTERM)
+        else:
+            self.attempt("SIGHUP")
 
     async def _watch(self) -> None:
         known = self._signature()
