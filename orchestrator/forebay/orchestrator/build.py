@@ -7,6 +7,7 @@ import random
 from collections.abc import Coroutine, Sequence
 from contextlib import AbstractAsyncContextManager, nullcontext
 from functools import partial
+from pathlib import Path
 
 import grpc.aio
 
@@ -29,12 +30,15 @@ from forebay.orchestrator.fleet.endpoint import Endpoint
 from forebay.orchestrator.fleet.feed import Feed
 from forebay.orchestrator.fleet.figures import show
 from forebay.orchestrator.fleet.fleet import Fleet, Member
+from forebay.orchestrator.fleet.history import History
 from forebay.orchestrator.fleet.management import Management
 from forebay.orchestrator.fleet.probe import Probe
 from forebay.orchestrator.layers.hedge import FirstDeltas
 from forebay.orchestrator.placement.placement import Placement
 from forebay.orchestrator.reload import Reload, replaces
 from forebay.orchestrator.replies import MemoryStore, Store
+from forebay.orchestrator.routing.affinity import Affinity
+from forebay.orchestrator.routing.matching import Matcher
 from forebay.orchestrator.routing.router import Router
 from forebay.orchestrator.servicer import FLEET_SERVICE, FleetServicer
 from forebay.orchestrator.stack import endpoint_stack, request_stack
@@ -71,16 +75,29 @@ class Orchestrator:
             clock=self._clock,
         )
         self._times = FirstDeltas()
+        self._matcher = matcher = Matcher(settings.matching, own_names=settings.aliases)
         self.fleet = Fleet(
-            [self._member(backend, settings) for backend in settings.backends if backend.enabled], self._feed
+            [self._member(backend, settings) for backend in settings.backends if backend.enabled],
+            self._feed,
+            matcher,
         )
-        self.router = Router(weights=settings.scorers, picker=settings.picker, source=self._source)
+        self._remember_performance(settings.performance.state_dir)
+        self._affinity = Affinity(settings.affinity, clock=self._clock)
+        self.router = Router(
+            weights=settings.scorers,
+            picker=settings.picker,
+            source=self._source,
+            matcher=matcher,
+            affinity=self._affinity,
+        )
         self._budget = RetryBudget(
             ratio=settings.retry.budget_ratio,
             per_second=settings.retry.budget_per_second,
             clock=self._clock,
         )
-        self._capacity = Capacity(self.fleet, unknown=settings.admission.concurrency, clock=self._clock)
+        self._capacity = Capacity(
+            self.fleet, unknown=settings.admission.concurrency, clock=self._clock, find=self.fleet.find
+        )
         self.admission = Admission(
             queue=settings.admission.queue,
             queue_bytes=settings.admission.queue_bytes,
@@ -148,6 +165,7 @@ class Orchestrator:
                 self.placement.lost(name)
         self.fleet.replace(members, grace=settings.reload.grace.total_seconds())
         self.placement.change(settings.placement)
+        self._matcher.change(settings.matching, own_names=settings.aliases)
         self.router.change(weights=settings.scorers, picker=settings.picker)
         self._budget.change(ratio=settings.retry.budget_ratio, per_second=settings.retry.budget_per_second)
         self._capacity.change(unknown=settings.admission.concurrency)
@@ -187,9 +205,18 @@ class Orchestrator:
             spawn=self.fleet.spawn,
             weights=self.fleet.weights,
             times=self._times,
+            affinity=self._affinity,
             telemetry=self._telemetry,
             activity=self.activity,
         )
+
+    def _remember_performance(self, folder: Path | None) -> None:
+        if folder is None:
+            return
+        history = History(folder, {endpoint.name: endpoint.performance for endpoint in self.fleet})
+        history.load()
+        self.fleet.while_open(history.keep)
+        self.fleet.on_close(history.close)
 
     def dashboard(self) -> AbstractAsyncContextManager[object]:
         """Serves the dashboard for the length of a block, if there is an address for it."""
@@ -231,6 +258,8 @@ class Orchestrator:
             source=self._source,
             on_change=self._feed.publish,
             on_first_delta=self._times.note,
+            performance=self.settings.performance,
+            slow_start=self.settings.slow_start,
         )
         channel = connect(backend.address, tls_roots=backend.tls_roots)
         credentials = _credentials(backend)

@@ -33,8 +33,11 @@ logger = logging.getLogger(__name__)
 
 SECTION = "orchestrator"
 
-_FIXED = frozenset(ServerSettings.model_fields) | {"web_address", "web_hosts", "trace_url"}
-"""Keys of the orchestrator that were used when its ports were bound."""
+_FIXED = frozenset(ServerSettings.model_fields) | {
+    *("web_address", "web_hosts", "trace_url"),
+    *("performance", "slow_start", "affinity"),
+}
+"""Keys of the orchestrator that were used when it bound its ports, and what its memory was made with."""
 
 _FIXED_CACHE = frozenset(CacheSettings.model_fields) - {"shared"}
 """Keys of the cache that its store was made with."""

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping
 
+from forebay.inference.v1 import inference_pb2 as pb
 from forebay.orchestrator.clock import Clock
 from forebay.orchestrator.fleet.endpoint import Endpoint, State
 
@@ -28,9 +29,18 @@ class Capacity:
         unknown: calls at once for a backend that does not tell, and for a fleet in which nobody takes calls:
             those calls should learn so from the router and not wait for it.
         clock: gives the time in seconds.
+        find: returns the models that a name means, by backend. None asks each backend by itself.
     """
 
-    def __init__(self, endpoints: Iterable[Endpoint], *, unknown: int, clock: Clock) -> None:
+    def __init__(
+        self,
+        endpoints: Iterable[Endpoint],
+        *,
+        unknown: int,
+        clock: Clock,
+        find: Callable[[str], Mapping[str, pb.Model]] | None = None,
+    ) -> None:
+        self._find = find
         self._endpoints = endpoints
         self._unknown = unknown
         self._clock = clock
@@ -54,8 +64,12 @@ class Capacity:
             return known[1]
         if len(self._pools) >= _POOLS:
             self._pools.clear()
-        found = ((endpoint.name, endpoint.find(model)) for endpoint in self._endpoints)
-        pool = _BETWEEN.join(f"{name}/{each.id}" for name, each in found if each is not None) or model
+        if self._find is not None:
+            found = {name: each.id for name, each in self._find(model).items()}
+        else:
+            each_own = ((endpoint.name, endpoint.find(model)) for endpoint in self._endpoints)
+            found = {name: each.id for name, each in each_own if each is not None}
+        pool = _BETWEEN.join(f"{name}/{id_}" for name, id_ in found.items()) or model
         self._pools[model] = (now + _LIFE, pool)
         return pool
 

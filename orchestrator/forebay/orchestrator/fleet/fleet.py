@@ -16,6 +16,7 @@ from forebay.kit.relay import Pairs
 from forebay.orchestrator.fleet.endpoint import Endpoint
 from forebay.orchestrator.fleet.feed import Feed
 from forebay.orchestrator.fleet.probe import Probe
+from forebay.orchestrator.routing.matching import Match, Matcher
 from forebay.orchestrator.routing.view import EndpointView
 
 logger = logging.getLogger(__name__)
@@ -51,13 +52,17 @@ class Fleet:
     Args:
         members: the backends, in the order of the configuration.
         feed: passes on what changes.
+        matcher: finds models by name. None is one with the default settings.
     """
 
-    def __init__(self, members: Sequence[Member], feed: Feed) -> None:
+    def __init__(self, members: Sequence[Member], feed: Feed, matcher: Matcher | None = None) -> None:
         # Never changed in place: metrics are read on another thread.
         self._members = {member.endpoint.name: member for member in members}
         self.feed = feed
+        self._matcher = matcher or Matcher()
+        self._keepers: list[Callable[[], Coroutine[None, None, None]]] = []
         self._group = asyncio.TaskGroup()
+        self._keeping: list[asyncio.Task[None]] = []
         self._is_running = False
         self._leaving: set[Member] = set()
         self._guests: set[asyncio.Task[None]] = set()
@@ -109,8 +114,17 @@ class Fleet:
 
     def weights(self, model: str) -> str:
         """Returns what tells the weights behind a model's name from others: digests, as far as known."""
-        found = (endpoint.find(model) for endpoint in self)
-        return " ".join(sorted({each.weights.digest for each in found if each is not None}))
+        return " ".join(sorted({found.weights.digest for found in self.find(model).values()}))
+
+    def find(self, model: str) -> dict[str, pb.Model]:
+        """Returns the models that a name means for calls, by backend: those that may answer."""
+        found = self._matcher.find(model, [endpoint.models for endpoint in self])
+        may_be_like = self._matcher.settings.like
+        return {
+            name: each.model
+            for name, each in zip(self._members, found, strict=True)
+            if each is not None and (may_be_like or each.match is not Match.LIKE)
+        }
 
     def judge(self, backend: str, model: str, capability: pb.Capability.ValueType, kept: bool) -> None:
         """Takes in whether a reply was what a capability of its model promises."""
@@ -125,6 +139,10 @@ class Fleet:
         task.add_done_callback(self._guests.discard)
         return task
 
+    def while_open(self, work: Callable[[], Coroutine[None, None, None]]) -> None:
+        """Has a task run from when the fleet is entered until it is left. It must not fail."""
+        self._keepers.append(work)
+
     def on_close(self, close: Callable[[], Awaitable[None]]) -> None:
         """Has something closed after all tasks have ended."""
         self._closers.append(close)
@@ -134,6 +152,7 @@ class Fleet:
         self._is_running = True
         for member in self._members.values():
             self._start(member)
+        self._keeping = [self._group.create_task(keeper(), name="keeper") for keeper in self._keepers]
         return self
 
     def _start(self, member: Member) -> None:
@@ -184,7 +203,8 @@ class Fleet:
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        for task in (*(task for member in self._members.values() for task in member.tasks), *self._guests):
+        probes = [task for member in self._members.values() for task in member.tasks]
+        for task in (*probes, *self._keeping, *self._guests):
             task.cancel()
         try:
             # The group has to know of a cancellation, which may be its own because a task of it crashed.
