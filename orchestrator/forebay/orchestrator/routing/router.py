@@ -303,7 +303,7 @@ class Router:
             silent.add("speed")
         if not any(question.endpoint.outstanding_tokens for question in questions):
             silent.add("tokens")
-        if not any(question.found is not None and is_cold(question.found) for question in questions):
+        if not any(map(_knows_of_room, questions)):
             silent.add("memory")
         return [name for name in SCORERS if name not in silent]
 
@@ -400,6 +400,14 @@ def _meaning(
 def _figures(question: Question) -> Sequence[Figures]:
     figures = question.endpoint.figures.get(question.found.id) if question.found is not None else None
     return () if figures is None else (figures,)
+
+
+def _knows_of_room(question: Question) -> bool:
+    """Whether anything is known of the memory that a model would be loaded into."""
+    found, endpoint = question.found, question.endpoint
+    if endpoint.memory is not None:
+        return True
+    return found is not None and is_cold(found) and bool(endpoint.room(found.id).limit)
 
 
 def _check_names(names: Sequence[str], snapshot: Snapshot) -> None:
