@@ -17,6 +17,7 @@ from forebay.cli.doctor import doctor
 from forebay.cli.explain import explain
 from forebay.cli.mlx import mlx
 from forebay.cli.models import models
+from forebay.cli.reload import reload
 from forebay.cli.status import drain, resume, status
 from forebay.cli.top.program import top
 from forebay.cli.up import up
@@ -38,6 +39,7 @@ app.add_typer(models, name="models")
 app.add_typer(mlx, name="mlx")
 app.command()(drain)
 app.command()(resume)
+app.command()(reload)
 app.add_typer(config, name="config")
 app.command()(doctor)
 
