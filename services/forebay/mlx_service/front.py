@@ -359,6 +359,7 @@ def _facts(described: pb.Model) -> pb.Model:
         slot_count=described.slot_count,
         capabilities=described.capabilities,
         weights=described.weights,
+        prefix_digests=described.prefix_digests,
     )
 
 

@@ -41,7 +41,7 @@ from forebay.kit.failure import BackendError, DeadlineExceeded, Draining, Failur
 from forebay.mlx_service.worker.batch import Batch, Generated, Kept, Prefilled, top_tokens
 from forebay.mlx_service.worker.lanes import Lanes
 from forebay.mlx_service.worker.memory import KvCost, Ledger, probe
-from forebay.mlx_service.worker.prefix_cache import PrefixCache, PrefixStats, why_not
+from forebay.mlx_service.worker.prefix_cache import Mark, PrefixCache, PrefixStats, why_not
 from forebay.mlx_service.worker.runtime import leave_thread, mx
 from forebay.mlx_service.worker.sampling import Array, Processor, SamplingParams, processors, sampler
 
@@ -107,6 +107,8 @@ class Row:
     """Rows share what was read of their prompts only with rows of the same key."""
     pin: bool = False
     """Whether what was read of the prompt stays, whatever else comes."""
+    beginnings: tuple[Mark, ...] = ()
+    """Numbers by which beginnings of the prompt are known, and their tokens."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -224,6 +226,7 @@ class _Live:
     since: float = 0.0
     cached: int = 0
     skipped: int = 0
+    stops: frozenset[int] = frozenset()
 
     @property
     def row(self) -> Row:
@@ -376,6 +379,16 @@ class Engine:
         )
 
     @property
+    def keeps_prefixes(self) -> bool:
+        """Whether what was read of prompts is kept."""
+        return self._prefixes is not None
+
+    @property
+    def marks(self) -> tuple[int, ...]:
+        """Numbers of beginnings that are kept, newest first. See `Row.beginnings`."""
+        return () if self._prefixes is None else self._prefixes.marks
+
+    @property
     def has_ended(self) -> bool:
         """Whether the thread has ended, because it was stopped or because it failed for good."""
         return self._ended.done()
@@ -462,6 +475,8 @@ class Engine:
         if self._prefixes is not None and (reason := why_not(self._model)) is not None:
             log.info("no prefixes are kept of this model: %s", reason)
             self._prefixes = None
+        if self._prefixes is not None:
+            self._prefixes.learn(self._model)
         self._lanes = self._new_lanes()
         self._warm_up(2)
         took = self._warm_up(PREFILL_STEPS[0] + 1)
@@ -556,7 +571,9 @@ class Engine:
         pin = len(live.row.tokens) - live.row.reply_count if live.row.pin else 0
         try:
             self._prefixes.limit(self._prefix_room)
-            self._prefixes.store(live.row.cache_key, kept.tokens, kept.caches, pin=pin)
+            self._prefixes.store(
+                live.row.cache_key, kept.tokens, kept.caches, pin=pin, marks=live.row.beginnings
+            )
         except Exception as error:  # a cache that fails costs time and no reply
             log.error("the prefix cache failed and is emptied: %s", type(error).__name__, exc_info=error)
             self._prefixes.clear()
@@ -605,10 +622,13 @@ class Engine:
             caches, live.skipped = None, 0
             if self._prefixes is not None and not live.faults:
                 caches, live.skipped = self._prefixes.find(row.cache_key, tokens)
+            if self._prefixes is not None:
+                live.stops = frozenset(self._prefixes.stops(tokens, live.skipped, row.beginnings))
             uid = self._lanes.insert(
                 tokens,
                 caches=caches,
                 cached=live.skipped,
+                stops=sorted(live.stops),
                 most=row.most - len(live.written),
                 sampler=sampler(row.sampling, position=row.reply_count + len(live.written)),
                 processors=[live.guard] if live.guard else [],
@@ -643,8 +663,12 @@ class Engine:
 
     def _on_read(self, progress: Prefilled) -> None:
         live = self._live.get(progress.uid)
-        if live is not None and not live.written:
-            done, total = progress.done + live.skipped, progress.total + live.skipped
+        if live is None:
+            return
+        done, total = progress.done + live.skipped, progress.total + live.skipped
+        if progress.stopped and done in live.stops:
+            self._keep(live, self._lanes.peek(progress.uid))
+        if not live.written:
             self._tell(live.ticket, Reading(done, total, live.since, live.cached))
 
     def _on_written(self, generated: Generated, now: float) -> None:

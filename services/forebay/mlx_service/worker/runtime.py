@@ -28,7 +28,14 @@ try:
     import mlx.core as mx
     import mlx_lm.generate
     from mlx_lm.generate import BatchGenerator, StopSequences
-    from mlx_lm.models.cache import BatchKVCache, KVCache, make_prompt_cache
+    from mlx_lm.models.cache import (
+        ArraysCache,
+        BatchKVCache,
+        CacheList,
+        KVCache,
+        RotatingKVCache,
+        make_prompt_cache,
+    )
     from mlx_lm.tokenizer_utils import TokenizerWrapper
     from mlx_lm.utils import _get_classes as model_classes
     from mlx_lm.utils import load_config, load_model, load_tokenizer
@@ -51,9 +58,12 @@ def leave_thread() -> None:
 
 
 __all__ = [
+    "ArraysCache",
     "BatchGenerator",
     "BatchKVCache",
+    "CacheList",
     "KVCache",
+    "RotatingKVCache",
     "StopSequences",
     "TokenizerWrapper",
     "leave_thread",
