@@ -72,6 +72,7 @@ def main() -> int:
     parser.add_argument("--context", type=int)
     parser.add_argument("--default-max-tokens", type=int)
     parser.add_argument("--prefix-cache", type=int)
+    parser.add_argument("--digests", type=Path)
     parser.add_argument("--memory-ceiling", type=int)
     parser.add_argument("--isolate-callers", action="store_true")
     arguments = parser.parse_args()

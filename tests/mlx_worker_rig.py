@@ -11,6 +11,7 @@ from pathlib import Path
 from forebay.inference.v1 import inference_pb2 as pb
 from forebay.kit.pipeline import Call, Event
 from forebay.mlx_service.models.describe import describe
+from forebay.mlx_service.models.identity import Identity
 from forebay.mlx_service.worker.engine import Engine
 from forebay.mlx_service.worker.grammar import Grammars
 from forebay.mlx_service.worker.load import load_weights
@@ -94,10 +95,13 @@ async def rig(
         prefixes=prefixes,
         ceiling=ceiling,
     )
+    identity = Identity(path)
+    identity.learn()
     served = Served(
         model_id=MODEL,
         backend="mlx",
         facts=describe(path),
+        identity=identity,
         context_token_count=context,
         default_max_tokens=default_max_tokens,
         rows=rows,

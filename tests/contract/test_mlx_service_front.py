@@ -620,6 +620,7 @@ def test_with_mlx_the_program_serves(monkeypatch):
 def test_workers_are_told_what_is_configured():
     settings = MlxSettings.model_validate(
         {
+            "cache_dir": "/c",
             "max_rows": 3,
             "default_max_output_token_count": 99,
             "prefix_cache_bytes": 7,
@@ -627,10 +628,13 @@ def test_workers_are_told_what_is_configured():
             "auth_token_digests": ["0" * 64],
         }
     )
-    expected = "--max-rows 3 --prefix-cache 7 --memory-ceiling 8 --isolate-callers --default-max-tokens 99"
+    expected = (
+        "--max-rows 3 --prefix-cache 7 --digests /c/digests --memory-ceiling 8 --isolate-callers "
+        "--default-max-tokens 99"
+    )
     assert worker_arguments(settings) == expected.split()
-    plain = MlxSettings.model_validate({"prefix_cache_bytes": 0})
-    assert worker_arguments(plain) == ["--max-rows", "8", "--prefix-cache", "0"]
+    plain = MlxSettings.model_validate({"cache_dir": "/c", "prefix_cache_bytes": 0})
+    assert worker_arguments(plain) == ["--max-rows", "8", "--prefix-cache", "0", "--digests", "/c/digests"]
 
 
 def test_a_socket_path_that_is_too_long_moves_to_a_shorter_folder(tmp_path, monkeypatch):

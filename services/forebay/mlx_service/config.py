@@ -11,6 +11,9 @@ from forebay.kit.config import Address, ByteSize, Duration, ServerSettings
 from forebay.mlx_service.default_model import DEFAULT_MODEL
 from forebay.mlx_service.fetch import default_cache_dir
 
+DIGESTS = "digests"
+"""Folder within `cache_dir` in which the digests of weights are remembered."""
+
 
 class MlxSettings(ServerSettings):
     """Settings of the MLX service: section `[mlx]`."""

@@ -8,7 +8,7 @@ from pathlib import Path
 from forebay.kit import process
 from forebay.kit.server import Serving, serving
 from forebay.kit.telemetry import Telemetry
-from forebay.mlx_service.config import MlxSettings
+from forebay.mlx_service.config import DIGESTS, MlxSettings
 from forebay.mlx_service.front import MlxEngine
 from forebay.mlx_service.process import Launcher
 from forebay.mlx_service.registry import Imports, Registry, Root, hub_cache_dir
@@ -69,6 +69,7 @@ def worker_arguments(settings: MlxSettings) -> list[str]:
     """Returns the command-line arguments that all workers get."""
     arguments = ["--max-rows", str(settings.max_rows)]
     arguments += ["--prefix-cache", str(settings.prefix_cache_bytes)]
+    arguments += ["--digests", str(settings.cache_dir / DIGESTS)]
     if settings.memory_ceiling is not None:
         arguments += ["--memory-ceiling", str(settings.memory_ceiling)]
     if settings.auth_token_digests or settings.tls_client_roots is not None:

@@ -29,6 +29,7 @@ from forebay.kit.metrics import Metrics
 from forebay.kit.server import Serving, StartError, serving
 from forebay.kit.telemetry import Telemetry, TelemetrySettings
 from forebay.mlx_service.models.describe import ModelFacts, NotAModelError, describe
+from forebay.mlx_service.models.identity import Identity
 from forebay.mlx_service.worker.embedding.engine import EmbeddingEngine
 from forebay.mlx_service.worker.embedding.service import assemble
 from forebay.mlx_service.worker.embedding.texts import Texts
@@ -54,6 +55,10 @@ DEFAULT_CONTEXT = 32768
 
 STOP_SECONDS = 10.0
 """How long the engine may take to end. A step takes seconds at most; longer is stuck in the driver."""
+
+DIGEST_SECONDS = 1.0
+"""How long a loaded model waits for the digest of its weights. Some 2 GB are read by then, and what is
+read later becomes known later."""
 
 WATCH_SECONDS = 0.5
 """Time between two looks at the engine and at the parent."""
@@ -98,13 +103,17 @@ async def _serve(options: argparse.Namespace, settings: ServerSettings, tracing:
         raise ModelLoadFailed(
             f"{path.name}: its weights take {facts.disk_bytes} bytes and memory_ceiling is {ceiling}"
         )
-    service, engine, words = _embedding(options, facts) if facts.recipe else _chat(options, facts, ceiling)
+    identity = Identity(path, options.digests)
+    identity.start()
+    service, engine, words = (
+        _embedding(options, facts, identity) if facts.recipe else _chat(options, facts, identity, ceiling)
+    )
     _show(engine, options.model_id, tracing.metrics)
     async with process.stop_requests() as stopped:
         async with serving(settings, inference=service, telemetry=tracing) as up:
             process.announce(SERVICE, up.address)
             async with _watching(stopped, options.parent_pid):
-                loading = asyncio.create_task(_load(words, engine))
+                loading = asyncio.create_task(_load(words, engine, identity))
                 await _first(loading, stopped)
                 failure = loading.exception() if loading.done() else None
                 if loading.done() and failure is None:
@@ -114,6 +123,7 @@ async def _serve(options: argparse.Namespace, settings: ServerSettings, tracing:
                 is_loaded = loading.done()
                 loading.cancel()
         words.close()
+        identity.close()
         code = await _end(engine, is_loaded=is_loaded, is_asked=stopped.is_set())
     if failure is not None:
         raise _load_failure(failure) from failure  # last, so that nothing is said after it
@@ -121,7 +131,7 @@ async def _serve(options: argparse.Namespace, settings: ServerSettings, tracing:
 
 
 def _chat(
-    options: argparse.Namespace, facts: ModelFacts, ceiling: int
+    options: argparse.Namespace, facts: ModelFacts, identity: Identity, ceiling: int
 ) -> tuple[InferenceEngine, Engine, Words]:
     """Puts together what generates text."""
     path: Path = options.model
@@ -137,6 +147,7 @@ def _chat(
         model_id=options.model_id,
         backend=options.name,
         facts=facts,
+        identity=identity,
         context_token_count=_context(facts.context_token_count, options.context),
         default_max_tokens=options.default_max_tokens,
         rows=options.max_rows,
@@ -146,12 +157,13 @@ def _chat(
 
 
 def _embedding(
-    options: argparse.Namespace, facts: ModelFacts
+    options: argparse.Namespace, facts: ModelFacts, identity: Identity
 ) -> tuple[InferenceEngine, EmbeddingEngine, Texts]:
     """Puts together what embeds text."""
     return assemble(
         options.model,
         facts,
+        identity=identity,
         model_id=options.model_id,
         backend=options.name,
         token_count=options.context,
@@ -179,9 +191,10 @@ def _load_failure(error: BaseException) -> ModelLoadFailed:
     return ModelLoadFailed(f"the model is loaded and cannot be run: {type(error).__name__}: {error}")
 
 
-async def _load(words: Words | Texts, engine: Engine | EmbeddingEngine) -> None:
+async def _load(words: Words | Texts, engine: Engine | EmbeddingEngine, identity: Identity) -> None:
     await words.load()
     await engine.start()
+    await asyncio.to_thread(identity.wait, DIGEST_SECONDS)
 
 
 async def _serve_until(
@@ -269,6 +282,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--prefix-cache", type=int, default=0, help="bytes for what was read of prompts; 0 keeps nothing"
     )
+    parser.add_argument("--digests", type=Path, help="folder in which digests of weights are remembered")
     parser.add_argument(
         "--memory-ceiling", type=int, help="bytes that weights and requests may take; else by the machine's"
     )

@@ -22,6 +22,7 @@ from forebay.kit.failure import (
 from forebay.kit.pipeline import Call, Send
 from forebay.mlx_service import prompts
 from forebay.mlx_service.models.describe import ModelFacts
+from forebay.mlx_service.models.identity import Identity
 from forebay.mlx_service.worker.engine import (
     Constraint,
     Engine,
@@ -65,6 +66,8 @@ class Served:
     """Name of the backend it belongs to."""
     facts: ModelFacts
     """What its folder holds."""
+    identity: Identity
+    """Which weights these are."""
     context_token_count: int
     """Most tokens of prompt and reply together."""
     default_max_tokens: int
@@ -81,7 +84,7 @@ class Served:
             family=self.facts.family,
             size_label=self.facts.size_label,
             quantization=self.facts.quantization,
-            digest=self.facts.digest,
+            digest=self.identity.digest,
             format=self.facts.format,
             parameter_count=self.facts.parameter_count,
         )
@@ -254,7 +257,7 @@ class WorkerService:
     def _cache_key(self, call: Call[pb.GenerateRequest]) -> str:
         """Whom a prompt's beginnings are shared with: calls of the same weights and, maybe, caller alone."""
         caller = call.caller if self._served.isolates_callers else ""
-        return "\0".join((self._served.facts.digest, "", caller))  # the empty part is for an adapter
+        return "\0".join((self._served.facts.outline, "", caller))  # the empty part is for an adapter
 
     def _marks(
         self, call: Call[pb.GenerateRequest], counts: Sequence[int], prompt: Prompt

@@ -22,6 +22,7 @@ from forebay.kit.pipeline import Call, Send
 from forebay.mlx_service import prompts
 from forebay.mlx_service.models.describe import ModelFacts
 from forebay.mlx_service.models.embedding import Recipe, capabilities
+from forebay.mlx_service.models.identity import Identity
 from forebay.mlx_service.worker.embedding.engine import EmbeddingEngine, Vector
 from forebay.mlx_service.worker.embedding.load import load_embedder
 from forebay.mlx_service.worker.embedding.texts import Texts
@@ -43,6 +44,8 @@ class Embeds:
     """Name of the backend it belongs to."""
     facts: ModelFacts
     """What its folder holds."""
+    identity: Identity
+    """Which weights these are."""
     token_count: int
     """Most tokens of a text."""
 
@@ -60,7 +63,7 @@ class Embeds:
             family=facts.family,
             size_label=facts.size_label,
             quantization=facts.quantization,
-            digest=facts.digest,
+            digest=self.identity.digest,
             format=facts.format,
             parameter_count=facts.parameter_count,
         )
@@ -298,13 +301,20 @@ class EmbeddingService:
 
 
 def assemble(
-    path: Path, facts: ModelFacts, *, model_id: str, backend: str, token_count: int | None
+    path: Path,
+    facts: ModelFacts,
+    *,
+    identity: Identity,
+    model_id: str,
+    backend: str,
+    token_count: int | None,
 ) -> tuple[EmbeddingService, EmbeddingEngine, Texts]:
     """Puts a worker for an embedding model together. Nothing is loaded yet.
 
     Args:
         path: the model's folder.
         facts: what it holds: a model that embeds.
+        identity: which weights these are.
         model_id: name under which it is asked for.
         backend: name of the backend it belongs to.
         token_count: most tokens of a text. None is what the model takes.
@@ -315,7 +325,7 @@ def assemble(
     most = min(most, token_count) if token_count else most
     texts = Texts(path, most)
     engine = EmbeddingEngine(lambda: load_embedder(path, recipe), longest=most)
-    served = Embeds(model_id=model_id, backend=backend, facts=facts, token_count=most)
+    served = Embeds(model_id=model_id, backend=backend, facts=facts, identity=identity, token_count=most)
     return EmbeddingService(served, engine, texts), engine, texts
 
 
