@@ -624,12 +624,15 @@ def test_workers_are_told_what_is_configured():
             "max_rows": 3,
             "default_max_output_token_count": 99,
             "prefix_cache_bytes": 7,
+            "prefix_disk_bytes": "1KiB",
+            "prefix_disk_write": "finished",
             "memory_ceiling": 8,
             "auth_token_digests": ["0" * 64],
         }
     )
     expected = (
-        "--max-rows 3 --prefix-cache 7 --digests /c/digests --memory-ceiling 8 --isolate-callers "
+        "--max-rows 3 --prefix-cache 7 --digests /c/digests --prefix-disk /c/prefixes "
+        "--prefix-disk-bytes 1024 --prefix-disk-write finished --memory-ceiling 8 --isolate-callers "
         "--default-max-tokens 99"
     )
     assert worker_arguments(settings) == expected.split()

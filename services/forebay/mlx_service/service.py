@@ -70,6 +70,11 @@ def worker_arguments(settings: MlxSettings) -> list[str]:
     arguments = ["--max-rows", str(settings.max_rows)]
     arguments += ["--prefix-cache", str(settings.prefix_cache_bytes)]
     arguments += ["--digests", str(settings.cache_dir / DIGESTS)]
+    if settings.prefix_disk_bytes:
+        folder = settings.prefix_disk_folder or settings.cache_dir / "prefixes"
+        arguments += ["--prefix-disk", str(folder.expanduser())]
+        arguments += ["--prefix-disk-bytes", str(settings.prefix_disk_bytes)]
+        arguments += ["--prefix-disk-write", settings.prefix_disk_write]
     if settings.memory_ceiling is not None:
         arguments += ["--memory-ceiling", str(settings.memory_ceiling)]
     if settings.auth_token_digests or settings.tls_client_roots is not None:

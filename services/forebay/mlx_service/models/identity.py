@@ -79,8 +79,8 @@ class Identity:
         self._thread = threading.Thread(target=self.learn, name="weights-digest", daemon=True)
         self._thread.start()
 
-    def wait(self, timeout: float) -> None:
-        """Waits until the thread is done, at most so many seconds."""
+    def wait(self, timeout: float | None) -> None:
+        """Waits until the thread is done, at most so many seconds; None waits for as long as it takes."""
         if self._thread is not None:
             self._thread.join(timeout)
 

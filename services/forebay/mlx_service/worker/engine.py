@@ -25,6 +25,7 @@ from __future__ import annotations
 import asyncio
 import gc
 import heapq
+import itertools
 import logging
 import os
 import queue
@@ -39,9 +40,12 @@ from typing import Protocol, TypeAlias
 
 from forebay.kit.failure import BackendError, DeadlineExceeded, Draining, Failure, QueueFull
 from forebay.mlx_service.worker.batch import Batch, Generated, Kept, Prefilled, top_tokens
+from forebay.mlx_service.worker.cache_layout import Layout
 from forebay.mlx_service.worker.lanes import Lanes
 from forebay.mlx_service.worker.memory import KvCost, Ledger, probe
-from forebay.mlx_service.worker.prefix_cache import Mark, PrefixCache, PrefixStats, why_not
+from forebay.mlx_service.worker.prefix_cache import MOST_MARKS, Mark, PrefixCache, PrefixStats, why_not
+from forebay.mlx_service.worker.prefix_disk import DiskStats, DiskTier, Post
+from forebay.mlx_service.worker.restoring import Restoring
 from forebay.mlx_service.worker.runtime import leave_thread, mx
 from forebay.mlx_service.worker.sampling import Array, Processor, SamplingParams, processors, sampler
 
@@ -65,6 +69,9 @@ FREED_BYTES = 2 << 30
 
 MEASURE_STEPS = 16
 """Steps between two looks at how much memory is in use."""
+
+FLUSH_SECONDS = 2.0
+"""How long an orderly end may take to write prefixes to disk. Whoever ends a worker gives it five."""
 
 IDLE_SECONDS = 1.0
 """Idle time after which freed buffers go back to the system. Shorter would thrash between two requests."""
@@ -179,6 +186,8 @@ class EngineStats:
     """Bytes of the rows' attention caches, at the last look."""
     prefix: PrefixStats = field(default_factory=PrefixStats)
     """The prefix cache."""
+    disk: DiskStats = field(default_factory=DiskStats)
+    """Its second tier."""
 
 
 class Ticket:
@@ -266,6 +275,7 @@ class Engine:
         prefill_step: tokens of a prompt read in one step. None measures what the device can do.
         prefixes: keeps what was read, for prompts that begin the same. None keeps nothing.
         ceiling: bytes that weights and rows may take together. None sets no bound.
+        disk: makes what keeps prefixes on disk, on the engine's thread. None keeps none.
     """
 
     def __init__(
@@ -277,6 +287,7 @@ class Engine:
         prefill_step: int | None = None,
         prefixes: PrefixCache | None = None,
         ceiling: int | None = None,
+        disk: Callable[[Layout, Post], DiskTier] | None = None,
     ) -> None:
         self._load = load
         self._rows = rows
@@ -284,6 +295,9 @@ class Engine:
         self._prefill_step = prefill_step
         self._shared_step = prefill_step
         self._prefixes = prefixes
+        self._new_disk = disk
+        self._disk: DiskTier | None = None
+        self._restoring: Restoring[_Live] | None = None
         self._commands: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._run, name="mlx-engine", daemon=True)
         self._loop: asyncio.AbstractEventLoop
@@ -364,7 +378,7 @@ class Engine:
         age = time.monotonic() - self._stepped_at if live else 0.0
         return EngineStats(
             live=live,
-            waiting=len(self._queue) + len(self._again),
+            waiting=len(self._queue) + len(self._again) + len(self._restored),
             steps=self._steps,
             last_step_age=max(0.0, age),
             memory_bytes=self._memory_bytes,
@@ -376,6 +390,7 @@ class Engine:
             ceiling_bytes=self._ledger.ceiling or 0,
             cache_bytes=self._cache_bytes,
             prefix=PrefixStats() if self._prefixes is None else self._prefixes.stats,
+            disk=DiskStats() if self._disk is None else self._disk.stats,
         )
 
     @property
@@ -386,7 +401,10 @@ class Engine:
     @property
     def marks(self) -> tuple[int, ...]:
         """Numbers of beginnings that are kept, newest first. See `Row.beginnings`."""
-        return () if self._prefixes is None else self._prefixes.marks
+        held = () if self._prefixes is None else self._prefixes.marks
+        if self._disk is None:
+            return held
+        return tuple(itertools.islice(dict.fromkeys((*held, *self._disk.marks)), MOST_MARKS))
 
     @property
     def has_ended(self) -> bool:
@@ -476,7 +494,11 @@ class Engine:
             log.info("no prefixes are kept of this model: %s", reason)
             self._prefixes = None
         if self._prefixes is not None:
-            self._prefixes.learn(self._model)
+            layout = self._prefixes.learn(self._model)
+            if self._new_disk is not None:
+                self._disk = self._new_disk(layout, self._commands.put)
+                self._prefixes.spill = self._disk.write
+                self._restoring = Restoring(self._prefixes, self._disk, ready=self._insert)
         self._lanes = self._new_lanes()
         self._warm_up(2)
         took = self._warm_up(PREFILL_STEPS[0] + 1)
@@ -525,12 +547,15 @@ class Engine:
 
     def _drain(self) -> None:
         """Runs the commands that came. With nothing to generate it sleeps until one does."""
-        if not (self._live or self._queue or self._again):
+        restoring = self._restored
+        if not (self._live or self._again or (self._queue and len(restoring) < self._rows)):
             try:
                 command = self._commands.get(timeout=IDLE_SECONDS)
             except queue.Empty:
                 mx.clear_cache()
                 self._measure()
+                if restoring:
+                    return
                 command = self._commands.get()
             self._stepped_at = time.monotonic()
             command()
@@ -552,6 +577,9 @@ class Engine:
             if live.ticket is ticket:
                 self._drop(uid)
                 return
+        if self._restoring is not None:
+            for live in [live for live in self._restored if live.ticket is ticket]:
+                self._restoring.drop(live)
         self._queue = [entry for entry in self._queue if entry[2] is not ticket]
         heapq.heapify(self._queue)
         self._again = deque(live for live in self._again if live.ticket is not ticket)
@@ -574,6 +602,9 @@ class Engine:
             self._prefixes.store(
                 live.row.cache_key, kept.tokens, kept.caches, pin=pin, marks=live.row.beginnings
             )
+            if self._disk is not None and (pin or self._disk.writes_finished):
+                for stretch in self._prefixes.stretches(live.row.cache_key, kept.tokens):
+                    self._disk.write(stretch)
         except Exception as error:  # a cache that fails costs time and no reply
             log.error("the prefix cache failed and is emptied: %s", type(error).__name__, exc_info=error)
             self._prefixes.clear()
@@ -588,7 +619,11 @@ class Engine:
             return ticket.row.deadline is not None and now >= ticket.row.deadline
 
         late = [ticket for _, _, ticket in self._queue if is_late(ticket)]
-        late += [live.ticket for live in (*self._live.values(), *self._again) if is_late(live.ticket)]
+        late += [
+            live.ticket
+            for live in (*self._live.values(), *self._again, *self._restored)
+            if is_late(live.ticket)
+        ]
         for ticket in late:
             self._remove(ticket)
             self._tell(
@@ -603,12 +638,22 @@ class Engine:
                 self._insert(self._again.popleft())
             return
         admitted = False
-        while self._queue and len(self._live) < self._rows and not suspected:
-            self._insert(_Live(heapq.heappop(self._queue)[2]))
+        if self._restoring is not None:
+            self._restoring.give_up()
+        while self._queue and len(self._live) + len(self._restored) < self._rows and not suspected:
+            live = _Live(heapq.heappop(self._queue)[2])
+            row = live.row
+            if self._restoring is None or not self._restoring.begin(live, row.cache_key, row.tokens):
+                self._insert(live)
             admitted = True
         if admitted or self._queue:
             for position, (_, _, ticket) in enumerate(sorted(self._queue, key=lambda entry: entry[:2])):
                 self._tell(ticket, Waiting(position))
+
+    @property
+    def _restored(self) -> list[_Live]:
+        """Rows that wait for their prefixes."""
+        return [] if self._restoring is None else self._restoring.rows
 
     def _insert(self, live: _Live) -> None:
         row = live.row
@@ -735,7 +780,7 @@ class Engine:
 
     def _end(self, error: BaseException | None) -> None:
         """Ends what is left and drops every array on this thread, as mlx wants."""
-        for ticket in [live.ticket for live in (*self._live.values(), *self._again)] + [
+        for ticket in [live.ticket for live in (*self._live.values(), *self._again, *self._restored)] + [
             entry[2] for entry in self._queue
         ]:
             failure: Failure = Draining("this model's worker is stopping")
@@ -746,6 +791,10 @@ class Engine:
         self._again.clear()
         self._queue.clear()
         self._flush()
+        if self._disk is not None and self._prefixes is not None:
+            for stretch in self._prefixes.stretches() if error is None else []:
+                self._disk.write(stretch, patiently=True)
+            self._disk.close(FLUSH_SECONDS)
         if self._prefixes is not None:
             self._prefixes.clear()
         if hasattr(self, "_lanes"):

@@ -14,7 +14,7 @@ import logging
 import os
 import stat
 import sys
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from pathlib import Path
 from typing import cast
 
@@ -30,6 +30,7 @@ from forebay.kit.server import Serving, StartError, serving
 from forebay.kit.telemetry import Telemetry, TelemetrySettings
 from forebay.mlx_service.models.describe import ModelFacts, NotAModelError, describe
 from forebay.mlx_service.models.identity import Identity
+from forebay.mlx_service.worker.cache_layout import Layout
 from forebay.mlx_service.worker.embedding.engine import EmbeddingEngine
 from forebay.mlx_service.worker.embedding.service import assemble
 from forebay.mlx_service.worker.embedding.texts import Texts
@@ -38,7 +39,8 @@ from forebay.mlx_service.worker.grammar import Grammars
 from forebay.mlx_service.worker.load import load_weights
 from forebay.mlx_service.worker.memory import default_ceiling, metal_memory
 from forebay.mlx_service.worker.prefix_cache import PrefixCache
-from forebay.mlx_service.worker.runtime import leave_thread
+from forebay.mlx_service.worker.prefix_disk import DiskSettings, DiskTier, Post
+from forebay.mlx_service.worker.runtime import VERSIONS, leave_thread
 from forebay.mlx_service.worker.service import Served, WorkerService
 from forebay.mlx_service.worker.words import Words
 
@@ -142,6 +144,7 @@ def _chat(
         queue_rows=options.queue,
         prefixes=PrefixCache(max_bytes=options.prefix_cache) if options.prefix_cache else None,
         ceiling=ceiling,
+        disk=_disk(options, identity),
     )
     served = Served(
         model_id=options.model_id,
@@ -154,6 +157,27 @@ def _chat(
         isolates_callers=options.isolate_callers,
     )
     return WorkerService(served, engine, words, Grammars(words)), engine, words
+
+
+def _disk(options: argparse.Namespace, identity: Identity) -> Callable[[Layout, Post], DiskTier] | None:
+    """Returns what makes the second tier of the prefix cache, if there is to be one."""
+    if options.prefix_disk is None or not options.prefix_disk_bytes:
+        return None
+    settings = DiskSettings(
+        folder=options.prefix_disk, max_bytes=options.prefix_disk_bytes, write=options.prefix_disk_write
+    )
+
+    def whole_identity(layout: Layout) -> str:
+        identity.wait(None)
+        return f"{identity.digest}, {VERSIONS}, {layout!r}" if identity.digest else ""
+
+    return lambda layout, post: DiskTier(
+        settings,
+        model=options.model,
+        identity=lambda: whole_identity(layout),
+        is_cuttable=layout.is_cuttable,
+        post=post,
+    )
 
 
 def _embedding(
@@ -182,6 +206,14 @@ def _show(engine: Engine | EmbeddingEngine, model_id: str, to: Metrics) -> None:
         ]
 
     to.observe(metrics.ROWS, rows)
+    if isinstance(engine, Engine):
+        to.observe(
+            metrics.PREFIXES,
+            lambda: [
+                (engine.stats().prefix.bytes, model | {"forebay.tier": "memory"}),
+                (engine.stats().disk.bytes, model | {"forebay.tier": "disk"}),
+            ],
+        )
     to.observe(metrics.MEMORY, lambda: [(engine.stats().memory_bytes, model)])
 
 
@@ -281,6 +313,11 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument(
         "--prefix-cache", type=int, default=0, help="bytes for what was read of prompts; 0 keeps nothing"
+    )
+    parser.add_argument("--prefix-disk", type=Path, help="folder for what leaves the prefix cache")
+    parser.add_argument("--prefix-disk-bytes", type=int, default=0, help="most bytes in it; 0 keeps nothing")
+    parser.add_argument(
+        "--prefix-disk-write", choices=("evicted", "finished"), default="evicted", help="when to write to it"
     )
     parser.add_argument("--digests", type=Path, help="folder in which digests of weights are remembered")
     parser.add_argument(

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import resource
+from importlib import metadata
 
 # Models are folders on this disk. A name that looks like a repository must fail, not be downloaded.
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -51,6 +52,10 @@ mlx_lm.generate.maybe_set_recommended_wired_limit = lambda: None
 BatchKVCache.step = 64
 
 
+VERSIONS = ", ".join(f"{name} {metadata.version(name)}" for name in ("mlx", "mlx-lm"))
+"""What made the state that is written down. Another version may hold it otherwise."""
+
+
 def leave_thread() -> None:
     """Gives back what this thread holds of mlx. Without this the interpreter aborts at exit."""
     mx.synchronize()
@@ -58,6 +63,7 @@ def leave_thread() -> None:
 
 
 __all__ = [
+    "VERSIONS",
     "ArraysCache",
     "BatchGenerator",
     "BatchKVCache",
