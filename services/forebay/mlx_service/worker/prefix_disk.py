@@ -211,8 +211,8 @@ class DiskTier:
                 if whole:
                     seen.add(name)
                     stack.append((place + same, entry.head.end, longer))
-                useful = entry.head.has_rest if not self._is_cuttable else same > 0
-                if (whole or self._is_cuttable) and useful and place + same > reach:
+                useful = same >= MIN_TOKENS or whole if self._is_cuttable else whole and entry.head.has_rest
+                if useful and place + same > reach:
                     reach, best = place + same, longer
         covered = ends[-1] if ends else 0
         parts = [part for part in best if part[0].skipped + part[1] > covered or part is best[-1]]
@@ -361,18 +361,18 @@ class DiskTier:
 
     def _take(self, plan: Plan, piece: Piece, count: int, take: Callable[[Stretch], bool]) -> bool:
         head = piece.head
-        whole = count == len(head.tokens)
-        runs = tuple(_array(kind, block[..., :count, :]) for kind, block in piece.runs)
-        rest = tuple(_array(kind, block) for kind, block in piece.rest) if whole else ()
+        runs = tuple(_array(kind, block) for kind, block in piece.runs)
+        rest = tuple(_array(kind, block) for kind, block in piece.rest)
         mx.eval(runs, rest)
-        end = head.skipped + count
+        # All of it, though the text may part from it: cut off here it would be written once more as a piece
+        # of its own. It is its owner's either way, and who finds it is given no more than matches.
         stretch = Stretch(
             key=plan.key,
-            tokens=plan.tokens[:end],
+            tokens=plan.tokens[: head.skipped] + head.tokens,
             begin=head.skipped,
             kept=Packed(head.run_groups, runs),
-            rest=Packed(head.rest_groups, rest) if rest else None,
-            marks=tuple(mark for mark in head.marks if whole or mark[1] <= end),
+            rest=Packed(head.rest_groups, rest) if head.has_rest else None,
+            marks=head.marks,
         )
         taken = take(stretch)
         if taken:
