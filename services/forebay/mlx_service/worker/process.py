@@ -40,8 +40,9 @@ from forebay.mlx_service.worker.load import load_weights
 from forebay.mlx_service.worker.memory import default_ceiling, metal_memory
 from forebay.mlx_service.worker.prefix_cache import PrefixCache
 from forebay.mlx_service.worker.prefix_disk import DiskSettings, DiskTier, Post
-from forebay.mlx_service.worker.runtime import VERSIONS, leave_thread
+from forebay.mlx_service.worker.runtime import BLAS, VERSIONS, leave_thread
 from forebay.mlx_service.worker.service import Served, WorkerService
+from forebay.mlx_service.worker.weights import CpuWeights, Plan, plan
 from forebay.mlx_service.worker.words import Words
 
 log = logging.getLogger(__name__)
@@ -107,8 +108,13 @@ async def _serve(options: argparse.Namespace, settings: ServerSettings, tracing:
         )
     identity = Identity(path, options.digests)
     identity.start()
+    how = plan(options.cpu_weights, facts, ceiling=ceiling, blas=BLAS)
+    if how.reason:
+        log.info("%s: %s; matrix products by %s", options.model_id, how.reason, BLAS or "mlx's own library")
     service, engine, words = (
-        _embedding(options, facts, identity) if facts.recipe else _chat(options, facts, identity, ceiling)
+        _embedding(options, facts, identity, how)
+        if facts.recipe
+        else _chat(options, facts, identity, ceiling, how)
     )
     _show(engine, options.model_id, tracing.metrics)
     async with process.stop_requests() as stopped:
@@ -133,18 +139,18 @@ async def _serve(options: argparse.Namespace, settings: ServerSettings, tracing:
 
 
 def _chat(
-    options: argparse.Namespace, facts: ModelFacts, identity: Identity, ceiling: int
+    options: argparse.Namespace, facts: ModelFacts, identity: Identity, ceiling: int, how: Plan
 ) -> tuple[InferenceEngine, Engine, Words]:
     """Puts together what generates text."""
     path: Path = options.model
     words = Words(path)
     engine = Engine(
-        lambda: (load_weights(path), words.language.end_tokens),
+        lambda: (load_weights(path, how), words.language.end_tokens),
         rows=options.max_rows,
         queue_rows=options.queue,
         prefixes=PrefixCache(max_bytes=options.prefix_cache) if options.prefix_cache else None,
         ceiling=ceiling,
-        disk=_disk(options, identity),
+        disk=_disk(options, identity, how),
     )
     served = Served(
         model_id=options.model_id,
@@ -155,11 +161,14 @@ def _chat(
         default_max_tokens=options.default_max_tokens,
         rows=options.max_rows,
         isolates_callers=options.isolate_callers,
+        detail=how.reason,
     )
     return WorkerService(served, engine, words, Grammars(words)), engine, words
 
 
-def _disk(options: argparse.Namespace, identity: Identity) -> Callable[[Layout, Post], DiskTier] | None:
+def _disk(
+    options: argparse.Namespace, identity: Identity, how: Plan
+) -> Callable[[Layout, Post], DiskTier] | None:
     """Returns what makes the second tier of the prefix cache, if there is to be one."""
     if options.prefix_disk is None or not options.prefix_disk_bytes:
         return None
@@ -169,7 +178,8 @@ def _disk(options: argparse.Namespace, identity: Identity) -> Callable[[Layout, 
 
     def whole_identity(layout: Layout) -> str:
         identity.wait(None)
-        return f"{identity.digest}, {VERSIONS}, {layout!r}" if identity.digest else ""
+        computed = f"{VERSIONS}, {BLAS or 'no BLAS'}, {'float32' if how.is_float32 else 'as stored'}"
+        return f"{identity.digest}, {computed}, {layout!r}" if identity.digest else ""
 
     return lambda layout, post: DiskTier(
         settings,
@@ -181,7 +191,7 @@ def _disk(options: argparse.Namespace, identity: Identity) -> Callable[[Layout, 
 
 
 def _embedding(
-    options: argparse.Namespace, facts: ModelFacts, identity: Identity
+    options: argparse.Namespace, facts: ModelFacts, identity: Identity, how: Plan
 ) -> tuple[InferenceEngine, EmbeddingEngine, Texts]:
     """Puts together what embeds text."""
     return assemble(
@@ -191,6 +201,7 @@ def _embedding(
         model_id=options.model_id,
         backend=options.name,
         token_count=options.context,
+        how=how,
     )
 
 
@@ -325,6 +336,12 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument(
         "--isolate-callers", action="store_true", help="keep each caller's prompts apart in the prefix cache"
+    )
+    parser.add_argument(
+        "--cpu-weights",
+        type=CpuWeights,
+        default=CpuWeights.AUTO,
+        help="how weights are held on a CPU: auto, stored or float32",
     )
     parser.add_argument("--parent-pid", type=int, help="process whose end ends this one")
     parser.add_argument("--config", type=Path, help="configuration file, for [log] and [telemetry]")

@@ -76,6 +76,8 @@ class Served:
     """Requests served at once."""
     isolates_callers: bool = False
     """Whether each caller's prompts are kept apart in the prefix cache."""
+    detail: str = ""
+    """What else is to be said of how it is loaded."""
 
     @property
     def weights(self) -> pb.WeightIdentity:
@@ -172,6 +174,7 @@ class WorkerService:
                     weights=served.weights,
                     disk_bytes=served.facts.disk_bytes,
                     prefix_digests=self._engine.marks,
+                    detail=served.detail,
                 )
             ]
         )
