@@ -196,8 +196,9 @@ async def test_files_and_folders_are_their_owners_alone(models: dict[str, Path],
         await until(lambda: made.engine._disk is not None and made.engine._disk._identity)
         await finish(made.engine, text_of(100))
         await found(made)
-    paths = [folder, *folder.glob("*"), *folder.glob("*/*")]
+    paths = [*folder.glob("*"), *folder.glob("*/*")]
     assert {stat.S_IMODE(path.stat().st_mode) for path in paths} == {0o700}
+    assert stat.S_IMODE(folder.stat().st_mode) == 0o755, "a folder that was there is somebody's"
     assert {stat.S_IMODE(path.stat().st_mode) for path in files(folder)} == {0o600}
     arrays = mx.load(str(files(folder)[0]))
     assert "tokens" in arrays, "it is what its name's end says"
@@ -464,11 +465,16 @@ def test_without_its_snapshot_a_state_is_nothing(desk: Desk, tmp_path: Path) -> 
 def test_the_least_recently_used_leave_when_the_budget_is_exceeded(desk: Desk, tmp_path: Path) -> None:
     tier = desk.tier(tmp_path, piece_tokens=40)
     texts = [tuple(range(n, n + 40)) for n in (0, 100, 200)]
+    other = tmp_path / "somebodys" / "model" / "model.safetensors"
+    other.parent.mkdir(parents=True)
+    other.write_bytes(bytes(10_000))
+    os.utime(other, (1, 1))
     for text in texts:
         tier.write(stretch(text, marks=((text[0], 40),)))
         desk.settle(tier)
-    one = files(tmp_path)[0].stat().st_size
-    for age, path in enumerate(sorted(files(tmp_path), key=lambda path: path.stat().st_mtime)):
+    ours = sorted(set(files(tmp_path)) - {other}, key=lambda path: path.stat().st_mtime)
+    one = ours[0].stat().st_size
+    for age, path in enumerate(ours):
         os.utime(path, (1000 + age, 1000 + age))
     assert desk.bring(tier, texts[0])
     tier._settings = DiskSettings(folder=tmp_path, max_bytes=3 * one + 100, piece_tokens=40)
@@ -477,7 +483,8 @@ def test_the_least_recently_used_leave_when_the_budget_is_exceeded(desk: Desk, t
     desk.settle(tier)
     assert [bool(desk.bring(tier, text)) for text in (*texts, fourth)] == [True, False, True, True]
     assert 100 not in tier.marks
-    assert sum(path.stat().st_size for path in files(tmp_path)) <= 3 * one + 100
+    assert sum(path.stat().st_size for path in set(files(tmp_path)) - {other}) <= 3 * one + 100
+    assert other.exists(), "what is not ours stays"
 
 
 def test_the_disk_is_never_filled_whatever_the_budget_says(

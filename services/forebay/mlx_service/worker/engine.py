@@ -498,7 +498,7 @@ class Engine:
             if self._new_disk is not None:
                 self._disk = self._new_disk(layout, self._commands.put)
                 self._prefixes.spill = self._disk.write
-                self._restoring = Restoring(self._prefixes, self._disk, ready=self._insert)
+                self._restoring = Restoring(self._prefixes, self._disk, ready=self._again_later)
         self._lanes = self._new_lanes()
         self._warm_up(2)
         took = self._warm_up(PREFILL_STEPS[0] + 1)
@@ -649,6 +649,10 @@ class Engine:
         if admitted or self._queue:
             for position, (_, _, ticket) in enumerate(sorted(self._queue, key=lambda entry: entry[:2])):
                 self._tell(ticket, Waiting(position))
+
+    def _again_later(self, live: _Live) -> None:
+        """Lets a row whose prefix is there in with the next that are admitted."""
+        self._again.append(live)
 
     @property
     def _restored(self) -> list[_Live]:

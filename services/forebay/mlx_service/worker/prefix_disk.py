@@ -25,6 +25,7 @@ import itertools
 import logging
 import os
 import queue
+import re
 import shutil
 import stat
 import threading
@@ -56,6 +57,9 @@ STALE_SECONDS = 120.0
 
 FREE_SHARE = 0.5
 """Share of the disk's free space that may be taken, whatever the budget says."""
+
+_OURS = re.compile(r"[0-9a-f]{24}/[0-9a-f]{32}/[0-9a-f]{40}-[0-9a-f]{40}\.safetensors")
+"""Names of pieces within the folder. Nothing else in it is ever removed to make room."""
 
 Write: TypeAlias = Literal["evicted", "finished"]
 """When what is kept is written: once it leaves memory, or as soon as its reply is over."""
@@ -400,7 +404,8 @@ class DiskTier:
         name = hashlib.blake2b(identity.encode(), digest_size=16).hexdigest()
         home = _hash(os.fsencode(self._model.resolve()))
         folder = self._settings.folder / home / name
-        for each in (self._settings.folder, folder.parent, folder):
+        self._settings.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        for each in (folder.parent, folder):
             _make_private(each)
         removed = 0
         for other in folder.parent.iterdir():
@@ -469,6 +474,8 @@ class DiskTier:
         """Removes the least recently used files of all models until they fit, and returns those of ours."""
         found: list[tuple[float, int, str]] = []
         for path in self._settings.folder.glob(f"*/*/*{prefix_file.SUFFIX}"):
+            if not _OURS.fullmatch(path.relative_to(self._settings.folder).as_posix()):
+                continue  # somebody may keep models in the same folder
             with contextlib.suppress(OSError):
                 each = path.stat()
                 found.append((each.st_mtime, each.st_size, str(path)))
@@ -497,7 +504,7 @@ def _make_private(folder: Path) -> None:
     Raises:
         OSError: it cannot be made, or is somebody else's.
     """
-    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    folder.mkdir(mode=0o700, exist_ok=True)
     found = folder.lstat()
     if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.geteuid():
         raise PermissionError(1, f"{folder} is not a folder of ours")
