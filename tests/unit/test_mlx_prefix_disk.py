@@ -20,7 +20,8 @@ import pytest
 
 import tiny_models
 import tiny_stateful
-from forebay.mlx_service.worker import prefix_disk, prefix_file, restoring
+from forebay.mlx_service.models.identity import Identity
+from forebay.mlx_service.worker import prefix_disk, prefix_file, process, restoring
 from forebay.mlx_service.worker.cache_layout import Layout
 from forebay.mlx_service.worker.engine import Engine, Over, Reading, Row, Written
 from forebay.mlx_service.worker.prefix_cache import Packed, PrefixCache, Stretch
@@ -28,6 +29,7 @@ from forebay.mlx_service.worker.prefix_disk import DiskSettings, DiskTier, Post
 from forebay.mlx_service.worker.restoring import Restoring
 from forebay.mlx_service.worker.runtime import KVCache, mx
 from forebay.mlx_service.worker.sampling import SamplingParams
+from forebay.mlx_service.worker.weights import STORED, Plan
 from mlx_worker_rig import Rig, rig, until
 
 pytestmark = pytest.mark.mlx
@@ -626,3 +628,35 @@ def test_a_cache_that_fails_is_emptied_and_the_row_goes_on(desk: Desk, tmp_path:
     desk.until(lambda: bool(ready))
     assert (ready, waiting.rows) == (["row"], [])
     assert not waiting.begin("row", "k", text[:5])
+
+
+def test_the_worker_s_flags_make_the_tier_and_all_that_state_depends_on_tells_it_apart(
+    desk: Desk, models: dict[str, Path], tmp_path: Path
+) -> None:
+    needed = ["--model", str(models["llama"]), "--model-id", "m", "--address", "unix:/x"]
+    identity = Identity(models["llama"])
+    assert process._disk(process._parse(needed), identity, STORED) is None
+    flags = [*needed, "--prefix-disk", str(tmp_path), "--prefix-disk-bytes", "1000"]
+    assert process._disk(process._parse(flags[:-2]), identity, STORED) is None
+    calls: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
+
+    def name(how: Plan, layout: Layout, *more: str) -> str:
+        make = process._disk(process._parse([*flags, *more]), identity, how)
+        assert make is not None
+        tier = make(layout, calls.put)
+        desk.tiers.append(tier)
+        if identity.digest:
+            calls.get(timeout=10)()
+        assert tier.writes_finished is bool(more)
+        return tier._identity
+
+    runs = Layout([KVCache()])
+    assert name(STORED, runs) == "", "the digest is not known yet"
+    identity.learn()
+    names = [
+        name(STORED, runs),
+        name(Plan(is_float32=True), runs),
+        name(STORED, Layout([KVCache(), KVCache()]), "--prefix-disk-write", "finished"),
+    ]
+    assert len(set(names)) == 3
+    assert all(names)
