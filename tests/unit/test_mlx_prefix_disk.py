@@ -296,6 +296,30 @@ async def test_a_row_that_is_cancelled_while_the_disk_is_slow_is_gone(
         slow.set()
 
 
+async def test_rows_go_on_while_a_slow_disk_writes(
+    models: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    slow, asked = threading.Event(), threading.Event()
+    write = prefix_file.write
+
+    def slowly(folder: Path, piece: prefix_file.Piece) -> int:
+        asked.set()
+        slow.wait(20)
+        return write(folder, piece)
+
+    monkeypatch.setattr(prefix_file, "write", slowly)
+    async with with_disk(models["llama"], tmp_path / "d", write="finished") as made:
+        await until(lambda: made.engine._disk is not None and made.engine._disk._identity)
+        await finish(made.engine, text_of(60))
+        await until(asked.is_set)
+        for seed in (1, 2):
+            said, _ = await finish(made.engine, text_of(60, seed), most=30)
+            assert len(said) == 30
+        assert made.engine.stats().disk.written == 0
+        slow.set()
+        await found(made)
+
+
 async def test_a_disk_that_takes_nothing_costs_no_reply(
     models: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -11,6 +11,7 @@ import tiny_models
 import tiny_stateful
 from forebay.inference.v1 import inference_pb2 as pb
 from forebay.kit import prefixes
+from forebay.mlx_service import front
 from forebay.mlx_service.worker.cache_layout import Layout
 from forebay.mlx_service.worker.engine import Engine, Over, Reading, Row, Written
 from forebay.mlx_service.worker.prefix_cache import SNAPSHOT_GAP, SNAPSHOT_TOKENS, PrefixCache, Stretch
@@ -138,6 +139,10 @@ async def test_digests_of_callers_who_are_kept_apart_are_their_own(tmp_path: Pat
     anns = prefixes.digests(request, model=MODEL, caller="ann")
     assert (list(listed) == anns) is isolates
     assert (list(listed) == prefixes.digests(request, model=MODEL)) is not isolates
+
+
+def test_the_front_passes_on_what_its_worker_lists() -> None:
+    assert list(front._facts(pb.Model(prefix_digests=[3, 1])).prefix_digests) == [3, 1]
 
 
 # The tree itself, on caches whose every entry tells its token.
