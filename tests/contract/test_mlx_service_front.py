@@ -620,9 +620,12 @@ def test_with_mlx_the_program_serves(monkeypatch):
 def test_workers_are_told_what_is_configured():
     settings = MlxSettings.model_validate(
         {
+            "cache_dir": "/c",
             "max_rows": 3,
             "default_max_output_token_count": 99,
             "prefix_cache_bytes": 7,
+            "prefix_disk_bytes": "1KiB",
+            "prefix_disk_write": "finished",
             "memory_ceiling": 8,
             "prefill_chunk_token_count": 64,
             "cache_limit": 9,
@@ -635,7 +638,8 @@ def test_workers_are_told_what_is_configured():
         }
     )
     expected = (
-        "--prefix-cache 7 --max-rows 3 --prefill-chunk 64 --cache-limit 9 --memory-reserve 10 "
+        "--prefix-cache 7 --digests /c/digests --prefix-disk /c/prefixes --prefix-disk-bytes 1024 "
+        "--prefix-disk-write finished --max-rows 3 --prefill-chunk 64 --cache-limit 9 --memory-reserve 10 "
         "--wired-limit 11 --memory-ceiling 8 --isolate-callers --default-max-tokens 99"
     )
     expected += " --cpu-weights stored"
@@ -644,8 +648,8 @@ def test_workers_are_told_what_is_configured():
         "FOREBAY_MLX__CPU_BLAS": "/opt/libopenblas.so",
         "FOREBAY_MLX__CPU_THREADS": "3",
     }
-    plain = MlxSettings.model_validate({"prefix_cache_bytes": 0})
-    assert worker_arguments(plain) == ["--prefix-cache", "0"]
+    plain = MlxSettings.model_validate({"cache_dir": "/c", "prefix_cache_bytes": 0})
+    assert worker_arguments(plain) == ["--prefix-cache", "0", "--digests", "/c/digests"]
     assert plain.worker_environment == {"FOREBAY_MLX__CPU_BLAS": "auto"}
 
 

@@ -255,6 +255,11 @@ ROWS = Metric(
     name="forebay.worker.rows", kind="gauge", unit="1", labels=(_MODEL, "forebay.state"),
     meaning="Replies that a worker writes (`live`) and keeps waiting (`waiting`). Pushed over OTLP only.",
 )  # fmt: skip
+PREFIXES = Metric(
+    name="forebay.worker.prefixes", kind="gauge", unit="By", labels=(_MODEL, "forebay.tier"),
+    meaning="What a worker keeps of prompts for those that begin the same, in `memory` and on `disk`. "
+    "Pushed over OTLP only.",
+)  # fmt: skip
 MEMORY = Metric(
     name="forebay.worker.memory", kind="gauge", unit="By", labels=(_MODEL,),
     meaning="Memory that MLX holds in a worker: weights, caches and temporaries. Pushed over OTLP only.",

@@ -14,6 +14,9 @@ from forebay.mlx_service.default_model import DEFAULT_MODEL
 from forebay.mlx_service.fetch import default_cache_dir
 from forebay.mlx_service.shards import ShardSettings
 
+DIGESTS = "digests"
+"""Folder within `cache_dir` in which the digests of weights are remembered."""
+
 
 class MlxSettings(ServerSettings):
     """Settings of the MLX service: section `[mlx]`."""
@@ -108,6 +111,21 @@ class MlxSettings(ServerSettings):
         ge=0,
         description="Memory in which each model keeps what it has read, for prompts that begin the same. "
         "0 keeps nothing. Where callers must prove who they are, nobody's prompt serves another caller.",
+    )
+    prefix_disk_bytes: ByteSize = Field(
+        0,
+        ge=0,
+        description="Disk space, for all models together, in which what leaves the prefix cache is kept and "
+        "outlives restarts. The files hold what callers said, and only this user may read them. 0 is none.",
+    )
+    prefix_disk_folder: Path | None = Field(
+        None, description="Folder for that. Default: `prefixes` in `cache_dir`."
+    )
+    prefix_disk_write: Literal["evicted", "finished"] = Field(
+        "evicted",
+        description="When it is written: `evicted` writes what leaves memory, what is pinned, and all when a "
+        "model is unloaded; `finished` writes each reply's state at once, which survives crashes and wears "
+        "the disk more.",
     )
     memory_ceiling: ByteSize | None = Field(
         None,

@@ -26,7 +26,7 @@ from forebay.kit.failure import (
 )
 from forebay.kit.pipeline import Call, Request, Send
 from forebay.kit.relay import relay_generate, relay_unary
-from forebay.mlx_service.config import MlxSettings
+from forebay.mlx_service.config import DIGESTS, MlxSettings
 from forebay.mlx_service.default_model import (
     DEFAULT_EMBEDDING_MODEL,
     DEFAULT_MODEL,
@@ -41,6 +41,7 @@ from forebay.mlx_service.fetch import (
     pull_from_hub,
 )
 from forebay.mlx_service.fetches import Fetches, Tell
+from forebay.mlx_service.models.identity import known_digest
 from forebay.mlx_service.process import Worker
 from forebay.mlx_service.registry import Entry, Registry
 from forebay.mlx_service.supervisor import Options, Prepare, Residence, State, Supervisor, Waiting
@@ -311,7 +312,11 @@ class MlxEngine:
 
     async def _describe(self, entry: Entry) -> pb.Model:
         """Returns a model as it is now: what its folder says, corrected by what its worker says."""
-        model = entry.to_model(self._name)
+        digest = ""
+        if entry.facts is not None:
+            store = self._settings.cache_dir / DIGESTS
+            digest = await asyncio.to_thread(known_digest, entry.facts.path, store)
+        model = entry.to_model(self._name, digest)
         residence = self._supervisor.residence(entry.id)
         if residence.worker is not None and not residence.suspect:
             residence.described = await residence.worker.describe() or residence.described
@@ -374,6 +379,7 @@ def _facts(described: pb.Model) -> pb.Model:
         slot_count=described.slot_count,
         capabilities=described.capabilities,
         weights=described.weights,
+        prefix_digests=described.prefix_digests,
     )
 
 

@@ -74,8 +74,13 @@ class Entry:
     removable: Path | None = None
     """What `DeleteModel` removes: a folder of Forebay's cache or of the hub's. None is not ours to remove."""
 
-    def to_model(self, backend: str) -> pb.Model:
-        """Returns the model as the service describes it while it is not loaded."""
+    def to_model(self, backend: str, digest: str = "") -> pb.Model:
+        """Returns the model as the service describes it while it is not loaded.
+
+        Args:
+            backend: the service's name.
+            digest: that of its weights, as far as known.
+        """
         model = pb.Model(
             id=self.id,
             backend=backend,
@@ -86,6 +91,7 @@ class Entry:
         )
         weights = model.weights
         weights.format = self.kind.value
+        weights.digest = digest
         facts = self.facts
         if facts is not None:
             model.context_token_count = facts.context_token_count
@@ -93,7 +99,6 @@ class Entry:
             weights.family = facts.family
             weights.size_label = facts.size_label
             weights.quantization = facts.quantization
-            weights.digest = facts.digest
             weights.parameter_count = facts.parameter_count
             if facts.recipe is not None:
                 model.capabilities.extend(capabilities(probed=False))

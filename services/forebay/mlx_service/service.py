@@ -10,7 +10,7 @@ from forebay.kit import process
 from forebay.kit.server import Serving, serving
 from forebay.kit.telemetry import Telemetry
 from forebay.mlx_service import machine, smg, smg_api, tuning
-from forebay.mlx_service.config import MlxSettings
+from forebay.mlx_service.config import DIGESTS, MlxSettings
 from forebay.mlx_service.front import MlxEngine
 from forebay.mlx_service.ollama_store import ollama_folder
 from forebay.mlx_service.process import Launcher
@@ -107,6 +107,12 @@ def model_arguments(settings: MlxSettings, model_id: str, interface: smg_api.Api
 def worker_arguments(settings: MlxSettings) -> list[str]:
     """Returns the command-line arguments that all workers get."""
     arguments = ["--prefix-cache", str(settings.prefix_cache_bytes)]
+    arguments += ["--digests", str(settings.cache_dir / DIGESTS)]
+    if settings.prefix_disk_bytes:
+        folder = settings.prefix_disk_folder or settings.cache_dir / "prefixes"
+        arguments += ["--prefix-disk", str(folder.expanduser())]
+        arguments += ["--prefix-disk-bytes", str(settings.prefix_disk_bytes)]
+        arguments += ["--prefix-disk-write", settings.prefix_disk_write]
     for flag, value in (
         ("--max-rows", settings.max_rows),
         ("--prefill-chunk", settings.prefill_chunk_token_count),

@@ -25,6 +25,7 @@ from __future__ import annotations
 import asyncio
 import gc
 import heapq
+import itertools
 import logging
 import os
 import queue
@@ -39,9 +40,12 @@ from typing import Protocol, TypeAlias
 
 from forebay.kit.failure import BackendError, DeadlineExceeded, Draining, Failure, QueueFull
 from forebay.mlx_service.worker.batch import Batch, Generated, Kept, Prefilled, top_tokens
+from forebay.mlx_service.worker.cache_layout import Layout
 from forebay.mlx_service.worker.lanes import Lanes
 from forebay.mlx_service.worker.memory import KvCost, Ledger, probe
-from forebay.mlx_service.worker.prefix_cache import PrefixCache, PrefixStats, why_not
+from forebay.mlx_service.worker.prefix_cache import MOST_MARKS, Mark, PrefixCache, PrefixStats, why_not
+from forebay.mlx_service.worker.prefix_disk import DiskStats, DiskTier, Post
+from forebay.mlx_service.worker.restoring import Restoring
 from forebay.mlx_service.worker.runtime import leave_thread, mx
 from forebay.mlx_service.worker.sampling import Array, Processor, SamplingParams, processors, sampler
 
@@ -68,6 +72,9 @@ FREED_BYTES = 2 << 30
 
 MEASURE_STEPS = 16
 """Steps between two looks at how much memory is in use."""
+
+FLUSH_SECONDS = 2.0
+"""How long an orderly end may take to write prefixes to disk. Whoever ends a worker gives it five."""
 
 IDLE_SECONDS = 1.0
 """Idle time after which freed buffers go back to the system. Shorter would thrash between two requests."""
@@ -117,6 +124,8 @@ class Row:
     """Rows share what was read of their prompts only with rows of the same key."""
     pin: bool = False
     """Whether what was read of the prompt stays, whatever else comes."""
+    beginnings: tuple[Mark, ...] = ()
+    """Numbers by which beginnings of the prompt are known, and their tokens."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -187,6 +196,8 @@ class EngineStats:
     """Bytes of the rows' attention caches, at the last look."""
     prefix: PrefixStats = field(default_factory=PrefixStats)
     """The prefix cache."""
+    disk: DiskStats = field(default_factory=DiskStats)
+    """Its second tier."""
 
 
 class Ticket:
@@ -234,6 +245,7 @@ class _Live:
     since: float = 0.0
     cached: int = 0
     skipped: int = 0
+    stops: frozenset[int] = frozenset()
 
     @property
     def row(self) -> Row:
@@ -277,6 +289,7 @@ class Engine:
         freed_bytes: freed memory that mlx may hold for the next step.
         wired_bytes: memory that macOS may not page out. 0 wires none.
         new_batch: makes an empty batch of rows.
+        disk: makes what keeps prefixes on disk, on the engine's thread. None keeps none.
     """
 
     def __init__(
@@ -292,6 +305,7 @@ class Engine:
         freed_bytes: int = FREED_BYTES,
         wired_bytes: int = 0,
         new_batch: NewBatch = Batch,
+        disk: Callable[[Layout, Post], DiskTier] | None = None,
     ) -> None:
         self._make_batch = new_batch
         self._load = load
@@ -303,6 +317,9 @@ class Engine:
         self._prefill_step = prefill_step
         self._shared_step = prefill_step
         self._prefixes = prefixes
+        self._new_disk = disk
+        self._disk: DiskTier | None = None
+        self._restoring: Restoring[_Live] | None = None
         self._commands: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._run, name="mlx-engine", daemon=True)
         self._loop: asyncio.AbstractEventLoop
@@ -383,7 +400,7 @@ class Engine:
         age = time.monotonic() - self._stepped_at if live else 0.0
         return EngineStats(
             live=live,
-            waiting=len(self._queue) + len(self._again),
+            waiting=len(self._queue) + len(self._again) + len(self._restored),
             steps=self._steps,
             last_step_age=max(0.0, age),
             memory_bytes=self._memory_bytes,
@@ -395,7 +412,21 @@ class Engine:
             ceiling_bytes=self._ledger.ceiling or 0,
             cache_bytes=self._cache_bytes,
             prefix=PrefixStats() if self._prefixes is None else self._prefixes.stats,
+            disk=DiskStats() if self._disk is None else self._disk.stats,
         )
+
+    @property
+    def keeps_prefixes(self) -> bool:
+        """Whether what was read of prompts is kept."""
+        return self._prefixes is not None
+
+    @property
+    def marks(self) -> tuple[int, ...]:
+        """Numbers of beginnings that are kept, newest first. See `Row.beginnings`."""
+        held = () if self._prefixes is None else self._prefixes.marks
+        if self._disk is None:
+            return held
+        return tuple(itertools.islice(dict.fromkeys((*held, *self._disk.marks)), MOST_MARKS))
 
     @property
     def has_ended(self) -> bool:
@@ -486,6 +517,12 @@ class Engine:
         if self._prefixes is not None and (reason := why_not(self._model)) is not None:
             log.info("no prefixes are kept of this model: %s", reason)
             self._prefixes = None
+        if self._prefixes is not None:
+            layout = self._prefixes.learn(self._model)
+            if self._new_disk is not None:
+                self._disk = self._new_disk(layout, self._commands.put)
+                self._prefixes.spill = self._disk.write
+                self._restoring = Restoring(self._prefixes, self._disk, ready=self._again_later)
         self._lanes = self._new_lanes()
         self._warm_up(2)
         took = self._warm_up(PREFILL_STEPS[0] + 1)
@@ -534,12 +571,15 @@ class Engine:
 
     def _drain(self) -> None:
         """Runs the commands that came. With nothing to generate it sleeps until one does."""
-        if not (self._live or self._queue or self._again):
+        restoring = self._restored
+        if not (self._live or self._again or (self._queue and len(restoring) < self._rows)):
             try:
                 command = self._commands.get(timeout=IDLE_SECONDS)
             except queue.Empty:
                 mx.clear_cache()
                 self._measure()
+                if restoring:
+                    return
                 command = self._commands.get()
             self._stepped_at = time.monotonic()
             command()
@@ -561,6 +601,9 @@ class Engine:
             if live.ticket is ticket:
                 self._drop(uid)
                 return
+        if self._restoring is not None:
+            for live in [live for live in self._restored if live.ticket is ticket]:
+                self._restoring.drop(live)
         self._queue = [entry for entry in self._queue if entry[2] is not ticket]
         heapq.heapify(self._queue)
         self._again = deque(live for live in self._again if live.ticket is not ticket)
@@ -580,7 +623,12 @@ class Engine:
         pin = len(live.row.tokens) - live.row.reply_count if live.row.pin else 0
         try:
             self._prefixes.limit(self._prefix_room)
-            self._prefixes.store(live.row.cache_key, kept.tokens, kept.caches, pin=pin)
+            self._prefixes.store(
+                live.row.cache_key, kept.tokens, kept.caches, pin=pin, marks=live.row.beginnings
+            )
+            if self._disk is not None and (pin or self._disk.writes_finished):
+                for stretch in self._prefixes.stretches(live.row.cache_key, kept.tokens):
+                    self._disk.write(stretch)
         except Exception as error:  # a cache that fails costs time and no reply
             log.error("the prefix cache failed and is emptied: %s", type(error).__name__, exc_info=error)
             self._prefixes.clear()
@@ -595,7 +643,11 @@ class Engine:
             return ticket.row.deadline is not None and now >= ticket.row.deadline
 
         late = [ticket for _, _, ticket in self._queue if is_late(ticket)]
-        late += [live.ticket for live in (*self._live.values(), *self._again) if is_late(live.ticket)]
+        late += [
+            live.ticket
+            for live in (*self._live.values(), *self._again, *self._restored)
+            if is_late(live.ticket)
+        ]
         for ticket in late:
             self._remove(ticket)
             self._tell(
@@ -610,12 +662,26 @@ class Engine:
                 self._insert(self._again.popleft())
             return
         admitted = False
-        while self._queue and len(self._live) < self._rows and not suspected:
-            self._insert(_Live(heapq.heappop(self._queue)[2]))
+        if self._restoring is not None:
+            self._restoring.give_up()
+        while self._queue and len(self._live) + len(self._restored) < self._rows and not suspected:
+            live = _Live(heapq.heappop(self._queue)[2])
+            row = live.row
+            if self._restoring is None or not self._restoring.begin(live, row.cache_key, row.tokens):
+                self._insert(live)
             admitted = True
         if admitted or self._queue:
             for position, (_, _, ticket) in enumerate(sorted(self._queue, key=lambda entry: entry[:2])):
                 self._tell(ticket, Waiting(position))
+
+    def _again_later(self, live: _Live) -> None:
+        """Lets a row whose prefix is there in with the next that are admitted."""
+        self._again.append(live)
+
+    @property
+    def _restored(self) -> list[_Live]:
+        """Rows that wait for their prefixes."""
+        return [] if self._restoring is None else self._restoring.rows
 
     def _insert(self, live: _Live) -> None:
         row = live.row
@@ -629,10 +695,13 @@ class Engine:
             caches, live.skipped = None, 0
             if self._prefixes is not None and not live.faults:
                 caches, live.skipped = self._prefixes.find(row.cache_key, tokens)
+            if self._prefixes is not None:
+                live.stops = frozenset(self._prefixes.stops(tokens, live.skipped, row.beginnings))
             uid = self._lanes.insert(
                 tokens,
                 caches=caches,
                 cached=live.skipped,
+                stops=sorted(live.stops),
                 most=row.most - len(live.written),
                 sampler=sampler(row.sampling, position=row.reply_count + len(live.written)),
                 processors=[live.guard] if live.guard else [],
@@ -667,8 +736,12 @@ class Engine:
 
     def _on_read(self, progress: Prefilled) -> None:
         live = self._live.get(progress.uid)
-        if live is not None and not live.written:
-            done, total = progress.done + live.skipped, progress.total + live.skipped
+        if live is None:
+            return
+        done, total = progress.done + live.skipped, progress.total + live.skipped
+        if progress.stopped and done in live.stops:
+            self._keep(live, self._lanes.peek(progress.uid))
+        if not live.written:
             self._tell(live.ticket, Reading(done, total, live.since, live.cached))
 
     def _on_written(self, generated: Generated, now: float) -> None:
@@ -735,7 +808,7 @@ class Engine:
 
     def _end(self, error: BaseException | None) -> None:
         """Ends what is left and drops every array on this thread, as mlx wants."""
-        for ticket in [live.ticket for live in (*self._live.values(), *self._again)] + [
+        for ticket in [live.ticket for live in (*self._live.values(), *self._again, *self._restored)] + [
             entry[2] for entry in self._queue
         ]:
             failure: Failure = Draining("this model's worker is stopping")
@@ -746,6 +819,10 @@ class Engine:
         self._again.clear()
         self._queue.clear()
         self._flush()
+        if self._disk is not None and self._prefixes is not None:
+            for stretch in self._prefixes.stretches() if error is None else []:
+                self._disk.write(stretch, patiently=True)
+            self._disk.close(FLUSH_SECONDS)
         if self._prefixes is not None:
             self._prefixes.clear()
         if hasattr(self, "_lanes"):

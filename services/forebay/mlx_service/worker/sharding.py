@@ -208,8 +208,12 @@ class _LedBatch(Batch):
         processors: Sequence[Processor],
         caches: list[KVCache] | None = None,
         cached: int = 0,
+        stops: Sequence[int] = (),
     ) -> int:
-        """Adds a row, here and elsewhere. See `Batch.insert`; caches of other calls are not taken."""
+        """Adds a row, here and elsewhere.
+
+        See `Batch.insert`; caches of other calls are not taken, and where nothing is kept no step has to end.
+        """
         assert caches is None, "what was read before is of this rank only"
         uid = super().insert(tokens, most=most, sampler=self._leader.spread(sampler), processors=processors)
         self._tell("insert", tokens=list(tokens), most=most)

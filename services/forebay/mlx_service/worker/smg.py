@@ -204,7 +204,7 @@ class SmgWorker:
             sampling=_sampling(wanted, vocabulary),
             top_logprobs=wanted.logprobs if wanted.logprobs > 0 else None,
             deadline=None if remaining is None else asyncio.get_running_loop().time() + remaining,
-            cache_key="\0".join((self._served.facts.digest, "", who)),
+            cache_key="\0".join((self._served.facts.outline, "", who)),
         )
 
     async def _reply(self, request: Message, ticket: Ticket, context: Context) -> None:
