@@ -38,12 +38,13 @@ from functools import partial
 from typing import Protocol, TypeAlias
 
 from forebay.kit.failure import BackendError, DeadlineExceeded, Draining, Failure, QueueFull
-from forebay.mlx_service.worker.batch import Batch, Generated, Kept, Prefilled, top_tokens
+from forebay.mlx_service.worker.batch import Batch, Generated, Kept, Prefilled, can_move, top_tokens
 from forebay.mlx_service.worker.lanes import Lanes
 from forebay.mlx_service.worker.memory import KvCost, Ledger, probe
 from forebay.mlx_service.worker.prefix_cache import PrefixCache, PrefixStats, why_not
 from forebay.mlx_service.worker.runtime import leave_thread, mx
 from forebay.mlx_service.worker.sampling import Array, Processor, SamplingParams, processors, sampler
+from forebay.mlx_service.worker.speculation import Speculation, SpeculationStats
 
 log = logging.getLogger(__name__)
 
@@ -107,6 +108,8 @@ class Row:
     """Rows share what was read of their prompts only with rows of the same key."""
     pin: bool = False
     """Whether what was read of the prompt stays, whatever else comes."""
+    view: str = ""
+    """Which view of the model writes it: an adapter's, or "" for the model itself."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,6 +137,10 @@ class Written:
     at: float
     logprob: float | None = None
     top: tuple[tuple[int, float], ...] = ()
+    drafted: int = 0
+    """Tokens guessed in the step that begins with this one."""
+    accepted: bool = False
+    """Whether it was guessed, and right."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -177,6 +184,10 @@ class EngineStats:
     """Bytes of the rows' attention caches, at the last look."""
     prefix: PrefixStats = field(default_factory=PrefixStats)
     """The prefix cache."""
+    moves: int = 0
+    """Times that a row changed its lane."""
+    speculation: SpeculationStats = field(default_factory=SpeculationStats)
+    """Tokens guessed."""
 
 
 class Ticket:
@@ -263,6 +274,7 @@ class Engine:
         prefill_step: tokens of a prompt read in one step. None measures what the device can do.
         prefixes: keeps what was read, for prompts that begin the same. None keeps nothing.
         ceiling: bytes that weights and rows may take together. None sets no bound.
+        speculation: lets a row that runs alone write several tokens a step. None never does.
     """
 
     def __init__(
@@ -274,6 +286,7 @@ class Engine:
         prefill_step: int | None = None,
         prefixes: PrefixCache | None = None,
         ceiling: int | None = None,
+        speculation: Speculation | None = None,
     ) -> None:
         self._load = load
         self._rows = rows
@@ -281,6 +294,7 @@ class Engine:
         self._prefill_step = prefill_step
         self._shared_step = prefill_step
         self._prefixes = prefixes
+        self._speculation = speculation
         self._commands: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._run, name="mlx-engine", daemon=True)
         self._loop: asyncio.AbstractEventLoop
@@ -296,7 +310,7 @@ class Engine:
         self._prefix_room: int | None = None
         # On the engine's thread:
         self._lanes: Lanes
-        self._model: object
+        self._views: dict[str, object] = {}
         self._end_tokens: frozenset[int]
         self._live: dict[int, _Live] = {}
         self._again: deque[_Live] = deque()
@@ -310,6 +324,7 @@ class Engine:
         self._memory_bytes = 0
         self._cache_bytes = 0
         self._widths: tuple[int, ...] = ()
+        self._moves = 0
 
     # On the event loop
 
@@ -373,6 +388,8 @@ class Engine:
             ceiling_bytes=self._ledger.ceiling or 0,
             cache_bytes=self._cache_bytes,
             prefix=PrefixStats() if self._prefixes is None else self._prefixes.stats,
+            moves=self._moves,
+            speculation=SpeculationStats() if self._speculation is None else self._speculation.stats,
         )
 
     @property
@@ -403,8 +420,8 @@ class Engine:
         self._ledger.release(ticket)
         self._prefix_room = self._ledger.room_for_prefixes
 
-    def _weigh(self, weights: int, cost: KvCost) -> None:
-        self._ledger.weights, self._ledger.cost = weights, cost
+    def _weigh(self, weights: int, cost: KvCost, cost_alone: KvCost) -> None:
+        self._ledger.weights, self._ledger.cost, self._ledger.cost_alone = weights, cost, cost_alone
         self._prefix_room = self._ledger.room_for_prefixes
 
     def _deliver(self, news: list[tuple[Ticket, Happening]]) -> None:
@@ -456,10 +473,12 @@ class Engine:
             mx.set_memory_limit(self._ledger.ceiling)
         mx.set_cache_limit(FREED_BYTES)
         before = int(mx.get_active_memory())
-        self._model, end_tokens = self._load()
-        self._post(self._weigh, int(mx.get_active_memory()) - before, probe(self._model))
+        model, end_tokens = self._load()
+        self._views[""] = model
+        cost_alone = KvCost() if self._speculation is None else self._speculation.load(model)
+        self._post(self._weigh, int(mx.get_active_memory()) - before, probe(model), cost_alone)
         self._end_tokens = frozenset(end_tokens)
-        if self._prefixes is not None and (reason := why_not(self._model)) is not None:
+        if self._prefixes is not None and (reason := why_not(model)) is not None:
             log.info("no prefixes are kept of this model: %s", reason)
             self._prefixes = None
         self._lanes = self._new_lanes()
@@ -471,15 +490,24 @@ class Engine:
             self._shared_step = _step_within(SHARED_SECONDS, took)
             self._lanes.close()
             self._lanes = self._new_lanes()
+        if self._speculation is not None:
+            self._speculation.start(vocabulary=self.vocabulary_size, chunk=self._prefill_step)
         mx.clear_cache()
         self._measure()
 
     def _new_lanes(self) -> Lanes:
-        return Lanes(self._new_batch, shared_step=self._shared_step)
+        return Lanes(
+            self._new_batch,
+            shared_step=self._shared_step,
+            balances=can_move(self._views[""]),
+            speculation=self._speculation,
+            model_of=self._views.__getitem__,
+            end_tokens=self._end_tokens,
+        )
 
-    def _new_batch(self) -> Batch:
+    def _new_batch(self, view: str) -> Batch:
         return Batch(
-            self._model,
+            self._views[view],
             rows=self._rows,
             prefill_step=self._prefill_step or PREFILL_STEPS[0],
             end_tokens=sorted(self._end_tokens),
@@ -506,6 +534,7 @@ class Engine:
     def _measure(self) -> None:
         self._memory_bytes = int(mx.get_active_memory())
         self._widths = tuple(self._lanes.widths)
+        self._moves = self._lanes.moves
         self._cache_bytes = self._lanes.cache_bytes
 
     def _drain(self) -> None:
@@ -612,6 +641,8 @@ class Engine:
                 most=row.most - len(live.written),
                 sampler=sampler(row.sampling, position=row.reply_count + len(live.written)),
                 processors=[live.guard] if live.guard else [],
+                view=row.view,
+                speculates=row.constraint is None,  # a format follows tokens and cannot go back
             )
         except Exception as error:  # noqa: BLE001  # told to the row's caller; the others go on
             self._fail(live.ticket, error)
@@ -659,7 +690,10 @@ class Engine:
             if live.row.top_logprobs is not None:
                 logprob = float(generated.logprobs[generated.token].item())
                 top = tuple(top_tokens(generated.logprobs, live.row.top_logprobs))
-            self._tell(live.ticket, Written(generated.token, now, logprob, top))
+            self._tell(
+                live.ticket,
+                Written(generated.token, now, logprob, top, generated.drafted, generated.accepted),
+            )
         if generated.ended is not None:
             del self._live[generated.uid]
             self._tell(live.ticket, Over(generated.ended))
@@ -726,8 +760,9 @@ class Engine:
             self._prefixes.clear()
         if hasattr(self, "_lanes"):
             self._lanes.close()
-        if hasattr(self, "_model"):
-            del self._model
+        if self._speculation is not None:
+            self._speculation.close()
+        self._views.clear()
         self._post(self._finish, self._loaded, error)
         gc.collect()
         mx.clear_cache()

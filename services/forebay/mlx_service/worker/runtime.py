@@ -27,7 +27,7 @@ resource.setrlimit = _keep_limit
 try:
     import mlx.core as mx
     import mlx_lm.generate
-    from mlx_lm.generate import BatchGenerator, StopSequences
+    from mlx_lm.generate import BatchGenerator, StopSequences, generation_stream
     from mlx_lm.models.cache import BatchKVCache, KVCache, make_prompt_cache
     from mlx_lm.tokenizer_utils import TokenizerWrapper
     from mlx_lm.utils import _get_classes as model_classes
@@ -56,6 +56,7 @@ __all__ = [
     "KVCache",
     "StopSequences",
     "TokenizerWrapper",
+    "generation_stream",
     "leave_thread",
     "load_config",
     "load_model",
