@@ -73,6 +73,9 @@ def main() -> int:
     parser.add_argument("--default-max-tokens", type=int)
     parser.add_argument("--prefix-cache", type=int)
     parser.add_argument("--memory-ceiling", type=int)
+    parser.add_argument("--prompt-lookup", action="store_true")
+    parser.add_argument("--draft-model", type=Path)
+    parser.add_argument("--adapter", action="append")
     parser.add_argument("--isolate-callers", action="store_true")
     arguments = parser.parse_args()
     with (arguments.model / "starts").open("a") as starts:

@@ -16,6 +16,7 @@ from forebay.mlx_service.worker.grammar import Grammars
 from forebay.mlx_service.worker.load import load_weights
 from forebay.mlx_service.worker.prefix_cache import PrefixCache
 from forebay.mlx_service.worker.service import Served, WorkerService
+from forebay.mlx_service.worker.speculation import Speculation
 from forebay.mlx_service.worker.words import Words
 
 MODEL = "tiny"
@@ -83,6 +84,7 @@ async def rig(
     prefixes: PrefixCache | None = None,
     isolates_callers: bool = False,
     ceiling: int | None = None,
+    speculation: Speculation | None = None,
 ) -> AsyncIterator[Rig]:
     words = Words(path)
     await words.load()
@@ -93,6 +95,7 @@ async def rig(
         prefill_step=prefill_step,
         prefixes=prefixes,
         ceiling=ceiling,
+        speculation=speculation,
     )
     served = Served(
         model_id=MODEL,

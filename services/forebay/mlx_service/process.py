@@ -27,9 +27,11 @@ from forebay.kit.failure import printable
 from forebay.kit.process import STDIN_VARIABLE
 from forebay.kit.relay import is_cancelled_here
 from forebay.mlx_service.tool import Tail, read_lines
+from forebay.models.v1 import models_pb2_grpc
 
 if TYPE_CHECKING:
     from forebay.inference.v1.inference_pb2_grpc import InferenceServiceAsyncStub
+    from forebay.models.v1.models_pb2_grpc import ModelServiceAsyncStub
 
 logger = logging.getLogger(__name__)
 
@@ -60,6 +62,10 @@ class Worker(Protocol):
     @property
     def stub(self) -> InferenceServiceAsyncStub:
         """Where it takes calls."""
+
+    @property
+    def models(self) -> ModelServiceAsyncStub:
+        """Where its adapters are loaded and unloaded."""
 
     @property
     def exit_code(self) -> int | None:
@@ -98,6 +104,7 @@ class WorkerProcess:
         self.is_bound = False
         """Whether its socket is there. Connecting too early fails, and then gRPC waits before it retries."""
         self.stub: InferenceServiceAsyncStub = inference_pb2_grpc.InferenceServiceStub(channel)
+        self.models: ModelServiceAsyncStub = models_pb2_grpc.ModelServiceStub(channel)
         self.tail = Tail()
         self._check: grpc.aio.UnaryUnaryMultiCallable[
             health_pb2.HealthCheckRequest, health_pb2.HealthCheckResponse
@@ -176,6 +183,7 @@ class Launcher:
         arguments: command-line arguments that all workers get.
         grace: seconds a worker may take to end before it is killed.
         command: program that is a worker.
+        more: returns arguments that one worker gets.
     """
 
     def __init__(
@@ -185,11 +193,13 @@ class Launcher:
         arguments: Sequence[str] = (),
         grace: float,
         command: Sequence[str] = (sys.executable, "-m", "forebay.mlx_service.worker"),
+        more: Callable[[Spec], Sequence[str]] = lambda _: (),
     ) -> None:
         self._name = name
         self._arguments = tuple(arguments)
         self._grace = grace
         self._command = tuple(command)
+        self._more = more
         self._numbers = itertools.count(1)
         self._sockets = _private_folder()
 
@@ -243,7 +253,7 @@ class Launcher:
         argv += ["--address", f"unix:{socket}", "--name", self._name, *self._arguments]
         if spec.context_token_count is not None:
             argv += ["--context", str(spec.context_token_count)]
-        return argv
+        return [*argv, *self._more(spec)]
 
 
 def _private_folder() -> Path:

@@ -8,6 +8,7 @@ from pathlib import Path
 from forebay.kit import process
 from forebay.kit.server import Serving, serving
 from forebay.kit.telemetry import Telemetry
+from forebay.mlx_service.companions import Companions
 from forebay.mlx_service.config import MlxSettings
 from forebay.mlx_service.front import MlxEngine
 from forebay.mlx_service.process import Launcher
@@ -21,17 +22,23 @@ async def serve(settings: MlxSettings, telemetry: Telemetry) -> None:
     A model of the start that cannot be loaded does not keep the service from
     serving the others; it is listed with its reason.
     """
+    registry = Registry(
+        roots(settings), aliases=settings.aliases, imports=Imports(settings.cache_dir / "imports")
+    )
+    companions = Companions(settings, registry)
     launcher = Launcher(
-        name=settings.name, arguments=worker_arguments(settings), grace=settings.stop_grace.total_seconds()
+        name=settings.name,
+        arguments=worker_arguments(settings),
+        grace=settings.stop_grace.total_seconds(),
+        more=companions.arguments,
     )
     try:
         async with (
             Supervisor(settings, launch=launcher, measured=telemetry.metrics) as supervisor,
             MlxEngine(
                 settings,
-                registry=Registry(
-                    roots(settings), aliases=settings.aliases, imports=Imports(settings.cache_dir / "imports")
-                ),
+                registry=registry,
+                companions=companions,
                 supervisor=supervisor,
                 hub_cache=hub_folder(settings),
             ) as engine,
@@ -69,6 +76,8 @@ def worker_arguments(settings: MlxSettings) -> list[str]:
     """Returns the command-line arguments that all workers get."""
     arguments = ["--max-rows", str(settings.max_rows)]
     arguments += ["--prefix-cache", str(settings.prefix_cache_bytes)]
+    if settings.prompt_lookup:
+        arguments.append("--prompt-lookup")
     if settings.memory_ceiling is not None:
         arguments += ["--memory-ceiling", str(settings.memory_ceiling)]
     if settings.auth_token_digests or settings.tls_client_roots is not None:

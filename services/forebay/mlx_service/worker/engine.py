@@ -35,7 +35,7 @@ from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
 from functools import partial
-from typing import Protocol, TypeAlias
+from typing import Protocol, TypeAlias, TypeVar, cast
 
 from forebay.kit.failure import BackendError, DeadlineExceeded, Draining, Failure, QueueFull
 from forebay.mlx_service.worker.batch import Batch, Generated, Kept, Prefilled, can_move, top_tokens
@@ -69,6 +69,8 @@ MEASURE_STEPS = 16
 
 IDLE_SECONDS = 1.0
 """Idle time after which freed buffers go back to the system. Shorter would thrash between two requests."""
+
+T = TypeVar("T")
 
 Loader: TypeAlias = Callable[[], tuple[object, Collection[int]]]
 """Loads a model on the engine's thread. Returns it and the tokens that end a reply."""
@@ -307,6 +309,7 @@ class Engine:
         """Tokens that the model knows; 0 until it is loaded. It may be more than its tokenizer knows."""
         self._row_seconds = 1.0
         self._ledger = Ledger(ceiling, rows=rows)
+        self._view_bytes: dict[str, int] = {}
         self._prefix_room: int | None = None
         # On the engine's thread:
         self._lanes: Lanes
@@ -391,6 +394,50 @@ class Engine:
             moves=self._moves,
             speculation=SpeculationStats() if self._speculation is None else self._speculation.stats,
         )
+
+    async def run(self, call: Callable[[], T]) -> T:
+        """Runs a call on the engine's thread, between two steps.
+
+        Raises:
+            Draining: the engine has ended.
+            Exception: whatever the call raised.
+        """
+        answer: asyncio.Future[T] = self._loop.create_future()
+        self._commands.put(partial(self._answer, call, answer))
+        await asyncio.wait((answer, self._ended), return_when=asyncio.FIRST_COMPLETED)
+        if not answer.done():
+            raise Draining("this model's worker is stopping")
+        return answer.result()
+
+    async def open_view(self, name: str, make: Callable[[object], object], *, size: int) -> None:
+        """Adds a view of the model, which rows can then name.
+
+        Args:
+            name: its name.
+            make: makes it of the model, on the engine's thread.
+            size: bytes that it takes in addition.
+
+        Raises:
+            MemoryExhausted: there is no room for it.
+            Exception: whatever `make` raised.
+        """
+        self._ledger.hold(size)
+        try:
+            await self.run(partial(self._open_view, name, make))
+        except BaseException:
+            self._commands.put(partial(self._close_view, name))  # it may be there all the same
+            self._ledger.weights -= size
+            raise
+        self._view_bytes[name] = size
+
+    async def close_view(self, name: str) -> None:
+        """Drops a view that no row names any more."""
+        self._ledger.weights -= self._view_bytes.pop(name)
+        await self.run(partial(self._close_view, name))
+
+    def end_view(self, name: str) -> None:
+        """Ends all rows of a view."""
+        self._commands.put(partial(self._end_view, name))
 
     @property
     def has_ended(self) -> bool:
@@ -569,6 +616,40 @@ class Engine:
         self._queue = [entry for entry in self._queue if entry[2] is not ticket]
         heapq.heapify(self._queue)
         self._again = deque(live for live in self._again if live.ticket is not ticket)
+
+    def _answer(self, call: Callable[[], T], answer: asyncio.Future[T]) -> None:
+        def tell(result: T | None, error: Exception | None) -> None:
+            if answer.done():
+                return  # who asked has left
+            if error is not None:
+                answer.set_exception(error)
+            else:
+                answer.set_result(cast("T", result))
+
+        try:
+            result = call()
+        except Exception as error:  # noqa: BLE001  # told to who asked
+            self._post(tell, None, error)
+        else:
+            self._post(tell, result, None)
+
+    def _open_view(self, name: str, make: Callable[[object], object]) -> None:
+        self._views[name] = make(self._views[""])
+        self._measure()
+
+    def _close_view(self, name: str) -> None:
+        if self._views.pop(name, None) is not None:
+            self._lanes.close_view(name)
+            gc.collect()
+            mx.clear_cache()
+            self._measure()
+
+    def _end_view(self, name: str) -> None:
+        tickets = [live.ticket for live in (*self._live.values(), *self._again)]
+        for ticket in [*tickets, *(entry[2] for entry in self._queue)]:
+            if ticket.row.view == name:
+                self._remove(ticket)
+                self._tell(ticket, Over("failed", Draining(f"adapter {name} is taken out of memory")))
 
     def _drop(self, uid: int) -> None:
         live = self._live.pop(uid)

@@ -8,6 +8,9 @@ from pathlib import Path
 from forebay.kit.failure import ModelLoadFailed
 from forebay.mlx_service.worker.runtime import TokenizerWrapper, load_config, load_model, load_tokenizer
 
+SPARE_TOKENS = 0.01
+"""Share of a vocabulary by which a draft model's may be longer or shorter. Families add a few tokens."""
+
 
 def load_weights(path: Path) -> object:
     """Returns the model with all weights in memory. Call it on the engine's thread.
@@ -33,6 +36,29 @@ def load_words(path: Path) -> TokenizerWrapper:
         return load_tokenizer(path, eos_token_ids=config.get("eos_token_id"))
     except Exception as error:
         raise _failed(path, "its tokenizer", error) from error
+
+
+def load_draft(path: Path, large: Path) -> object:
+    """Returns a small model that guesses for a large one. Call it on the engine's thread.
+
+    Raises:
+        ModelLoadFailed: it cannot be loaded, or its tokens are not those of the large model.
+    """
+    small_words, large_words = load_words(path), load_words(large)
+    small, known = small_words.get_vocab(), large_words.get_vocab()
+    spelled = {token: text for text, token in known.items()}
+    wrong = [token for text, token in small.items() if token in spelled and spelled[token] != text]
+    foreign = abs(len(small) - len(known))
+    if wrong or foreign > len(known) * SPARE_TOKENS:
+        what = (
+            f"token {min(wrong)} is another one" if wrong else f"it has {len(small)} tokens, not {len(known)}"
+        )
+        raise ModelLoadFailed(
+            f"{path.name} cannot guess for {large.name}, for their tokenizers differ: {what}. Name a small "
+            "model of the same family in draft_models, or none",
+            metadata={"model": large.name, "draft_model": path.name},
+        )
+    return load_weights(path)
 
 
 def _failed(path: Path, what: str, error: Exception) -> ModelLoadFailed:

@@ -176,6 +176,21 @@ class Ledger:
             retry_after=retry_after if ever else None,
         )
 
+    def hold(self, size: int) -> None:
+        """Takes memory for weights that come in addition, such as an adapter's.
+
+        Raises:
+            MemoryExhausted: there is not so much left.
+        """
+        if self.ceiling is not None and self.weights + self.reserved + size > self.ceiling:
+            raise MemoryExhausted(
+                f"an adapter of {_mib(size)} has no room beside the model's {_mib(self.weights)} and "
+                f"requests of up to {_mib(self.reserved)}: the limit is {_mib(self.ceiling)}. Unload another "
+                "one, or try again when requests have ended",
+                metadata={"need_bytes": str(size), "ceiling_bytes": str(self.ceiling)},
+            )
+        self.weights += size
+
     def release(self, holder: Hashable) -> None:
         """Gives back what a row reserved."""
         self._reserved.pop(holder, None)

@@ -22,23 +22,25 @@ import psutil
 
 from forebay.kit import logs, metrics, process, telemetry
 from forebay.kit.config import ConfigError, ServerSettings, load
-from forebay.kit.engine import InferenceEngine
+from forebay.kit.engine import InferenceEngine, ModelEngine
 from forebay.kit.failure import ModelLoadFailed, printable
 from forebay.kit.logs import LogSettings
 from forebay.kit.metrics import Metrics
 from forebay.kit.server import Serving, StartError, serving
 from forebay.kit.telemetry import Telemetry, TelemetrySettings
 from forebay.mlx_service.models.describe import ModelFacts, NotAModelError, describe
+from forebay.mlx_service.worker.adapters import AdapterModels, Adapters
 from forebay.mlx_service.worker.embedding.engine import EmbeddingEngine
 from forebay.mlx_service.worker.embedding.service import assemble
 from forebay.mlx_service.worker.embedding.texts import Texts
 from forebay.mlx_service.worker.engine import Engine, EngineStats
 from forebay.mlx_service.worker.grammar import Grammars
-from forebay.mlx_service.worker.load import load_weights
+from forebay.mlx_service.worker.load import load_draft, load_weights
 from forebay.mlx_service.worker.memory import default_ceiling, metal_memory
 from forebay.mlx_service.worker.prefix_cache import PrefixCache
 from forebay.mlx_service.worker.runtime import leave_thread
 from forebay.mlx_service.worker.service import Served, WorkerService
+from forebay.mlx_service.worker.speculation import Speculation, SpeculationStats
 from forebay.mlx_service.worker.words import Words
 
 log = logging.getLogger(__name__)
@@ -94,14 +96,17 @@ async def _serve(options: argparse.Namespace, settings: ServerSettings, tracing:
     except NotAModelError as error:
         raise ModelLoadFailed(str(error)) from error
     ceiling = options.memory_ceiling or default_ceiling(psutil.virtual_memory().total, metal_memory())
-    if facts.disk_bytes > ceiling:
+    weights = facts.disk_bytes + _draft_bytes(options.draft_model)
+    if weights > ceiling:
         raise ModelLoadFailed(
-            f"{path.name}: its weights take {facts.disk_bytes} bytes and memory_ceiling is {ceiling}"
+            f"{path.name}: its weights take {weights} bytes and memory_ceiling is {ceiling}"
         )
-    service, engine, words = _embedding(options, facts) if facts.recipe else _chat(options, facts, ceiling)
+    service, models, engine, words = (
+        _embedding(options, facts) if facts.recipe else _chat(options, facts, ceiling)
+    )
     _show(engine, options.model_id, tracing.metrics)
     async with process.stop_requests() as stopped:
-        async with serving(settings, inference=service, telemetry=tracing) as up:
+        async with serving(settings, inference=service, models=models, telemetry=tracing) as up:
             process.announce(SERVICE, up.address)
             async with _watching(stopped, options.parent_pid):
                 loading = asyncio.create_task(_load(words, engine))
@@ -122,7 +127,7 @@ async def _serve(options: argparse.Namespace, settings: ServerSettings, tracing:
 
 def _chat(
     options: argparse.Namespace, facts: ModelFacts, ceiling: int
-) -> tuple[InferenceEngine, Engine, Words]:
+) -> tuple[InferenceEngine, ModelEngine | None, Engine, Words]:
     """Puts together what generates text."""
     path: Path = options.model
     words = Words(path)
@@ -132,6 +137,7 @@ def _chat(
         queue_rows=options.queue,
         prefixes=PrefixCache(max_bytes=options.prefix_cache) if options.prefix_cache else None,
         ceiling=ceiling,
+        speculation=_speculation(options),
     )
     served = Served(
         model_id=options.model_id,
@@ -142,20 +148,42 @@ def _chat(
         rows=options.max_rows,
         isolates_callers=options.isolate_callers,
     )
-    return WorkerService(served, engine, words, Grammars(words)), engine, words
+    adapters = Adapters(engine, options.model_id, dict(options.adapter))
+    models = AdapterModels(adapters, options.name) if options.adapter else None
+    return WorkerService(served, engine, words, Grammars(words), adapters), models, engine, words
+
+
+def _speculation(options: argparse.Namespace) -> Speculation | None:
+    if not options.prompt_lookup and options.draft_model is None:
+        return None
+    draft: Path | None = options.draft_model
+    return Speculation(
+        lookup=options.prompt_lookup,
+        load_draft=None if draft is None else lambda: load_draft(draft, options.model),
+    )
+
+
+def _draft_bytes(path: Path | None) -> int:
+    if path is None:
+        return 0
+    try:
+        return describe(path).weight_bytes
+    except NotAModelError as error:
+        raise ModelLoadFailed(f"the draft model cannot be loaded: {error}") from error
 
 
 def _embedding(
     options: argparse.Namespace, facts: ModelFacts
-) -> tuple[InferenceEngine, EmbeddingEngine, Texts]:
+) -> tuple[InferenceEngine, ModelEngine | None, EmbeddingEngine, Texts]:
     """Puts together what embeds text."""
-    return assemble(
+    service, engine, texts = assemble(
         options.model,
         facts,
         model_id=options.model_id,
         backend=options.name,
         token_count=options.context,
     )
+    return service, None, engine, texts
 
 
 def _show(engine: Engine | EmbeddingEngine, model_id: str, to: Metrics) -> None:
@@ -169,7 +197,16 @@ def _show(engine: Engine | EmbeddingEngine, model_id: str, to: Metrics) -> None:
             (stats.waiting, model | {"forebay.state": "waiting"}),
         ]
 
+    def drafts() -> list[tuple[float, dict[str, str]]]:
+        stats = engine.stats()
+        done = stats.speculation if isinstance(stats, EngineStats) else SpeculationStats()
+        return [
+            (done.drafted, model | {"forebay.state": "drafted"}),
+            (done.accepted, model | {"forebay.state": "accepted"}),
+        ]
+
     to.observe(metrics.ROWS, rows)
+    to.observe(metrics.DRAFTS, drafts)
     to.observe(metrics.MEMORY, lambda: [(engine.stats().memory_bytes, model)])
 
 
@@ -254,6 +291,13 @@ def _complain(text: str, code: int) -> int:
     return code
 
 
+def _adapter(text: str) -> tuple[str, Path]:
+    name, _, folder = text.partition("=")
+    if not name or not folder:
+        raise argparse.ArgumentTypeError("must be NAME=FOLDER")
+    return name, Path(folder)
+
+
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog=f"forebay-{SERVICE}", description="Loads one model and serves it.")
     parser.add_argument("--model", type=Path, required=True, help="the model's folder")
@@ -274,6 +318,20 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument(
         "--isolate-callers", action="store_true", help="keep each caller's prompts apart in the prefix cache"
+    )
+    parser.add_argument(
+        "--prompt-lookup",
+        action="store_true",
+        help="guess what a row that runs alone writes next from what was there before",
+    )
+    parser.add_argument("--draft-model", type=Path, help="folder of a small model that guesses ahead")
+    parser.add_argument(
+        "--adapter",
+        type=_adapter,
+        action="append",
+        default=[],
+        metavar="NAME=FOLDER",
+        help="an adapter of the model, served under that name; may be given again",
     )
     parser.add_argument("--parent-pid", type=int, help="process whose end ends this one")
     parser.add_argument("--config", type=Path, help="configuration file, for [log] and [telemetry]")

@@ -31,7 +31,7 @@ try:
     from mlx_lm.models.cache import BatchKVCache, KVCache, make_prompt_cache
     from mlx_lm.tokenizer_utils import TokenizerWrapper
     from mlx_lm.utils import _get_classes as model_classes
-    from mlx_lm.utils import load_config, load_model, load_tokenizer
+    from mlx_lm.utils import load_adapters, load_config, load_model, load_tokenizer
 finally:
     resource.setrlimit = _setrlimit
 
@@ -58,6 +58,7 @@ __all__ = [
     "TokenizerWrapper",
     "generation_stream",
     "leave_thread",
+    "load_adapters",
     "load_config",
     "load_model",
     "load_tokenizer",
