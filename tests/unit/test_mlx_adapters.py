@@ -9,8 +9,6 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 
 import pytest
-from mlx.utils import tree_flatten
-from mlx_lm.tuner.utils import linear_to_lora_layers
 
 import tiny_models
 from forebay.inference.v1 import inference_pb2 as pb
@@ -36,28 +34,9 @@ from forebay.mlx_service.worker.speculation import Speculation
 from forebay.mlx_service.worker.words import Words
 from forebay.models.v1 import models_pb2 as models_pb
 from mlx_worker_rig import MODEL, Rig, ask, until
+from tiny_adapters import RANK, make_adapter
 
 pytestmark = pytest.mark.mlx
-
-RANK = 4
-
-
-def make_adapter(path: Path, base: Path, *, seed: int, rank: int = RANK, layers: int = 2) -> Path:
-    """Writes an adapter as mlx-lm's training does, with random matrices that change every answer."""
-    parameters = {"rank": rank, "scale": 8.0, "dropout": 0.0}
-    model = load_weights(base)
-    linear_to_lora_layers(model, layers, parameters)
-    key = mx.random.key(seed)
-    weights = {}
-    for name, array in tree_flatten(model.parameters()):  # type: ignore[attr-defined]  # a module
-        if name.rpartition(".")[2] in {"lora_a", "lora_b"}:
-            key, draw = mx.random.split(key)
-            weights[name] = mx.random.normal(array.shape, key=draw) * 0.3
-    path.mkdir(parents=True)
-    mx.save_safetensors(str(path / "adapters.safetensors"), weights)
-    config = {"fine_tune_type": "lora", "num_layers": layers, "lora_parameters": parameters}
-    (path / "adapter_config.json").write_text(json.dumps(config))
-    return path
 
 
 @pytest.fixture(scope="module")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -10,20 +11,25 @@ from pathlib import Path
 import pytest
 
 import tiny_models
+from forebay.inference.v1 import inference_pb2 as pb
 from forebay.kit.failure import ModelLoadFailed
 from forebay.mlx_service.worker.batch import Batch, Generated
 from forebay.mlx_service.worker.drafting import DraftModel, PromptLookup
+from forebay.mlx_service.worker.engine import Row
 from forebay.mlx_service.worker.lanes import Lanes
-from forebay.mlx_service.worker.load import load_weights
+from forebay.mlx_service.worker.load import load_draft, load_weights
+from forebay.mlx_service.worker.prefix_cache import PrefixCache
 from forebay.mlx_service.worker.sampling import SamplingParams, processors, sampler
 from forebay.mlx_service.worker.speculation import (
     MEASURED_ROUNDS,
     MEASURED_STEPS,
     REST_TOKENS,
     SILENT_ROUNDS,
+    Solo,
     Speculation,
     Worth,
 )
+from mlx_worker_rig import Reply, ask, rig, until
 
 pytestmark = pytest.mark.mlx
 
@@ -398,3 +404,148 @@ def test_models_whose_caches_cannot_be_cut_back_do_not_speculate(model: object) 
         Speculation(load_draft=lambda: model).load(Windowed())
     with pytest.raises(ModelLoadFailed, match="name another"):
         Speculation(load_draft=Windowed).load(model)
+
+
+# Through the engine and the service.
+
+
+def eager() -> Speculation:
+    """Speculation to which it always pays."""
+    worth = Worth()
+    worth.pays = lambda seconds, tokens: True  # type: ignore[method-assign]  # a test's own opinion
+    return Speculation(worth=worth)
+
+
+@pytest.fixture(scope="module")
+def looping(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_models.build_random(tmp_path_factory.mktemp("looping") / "m", plain=True, context=4096)
+
+
+TEXT = "on and on and on and on and on"
+
+
+async def replies(path: Path, speculation: Speculation | None, *asks: pb.GenerateRequest) -> list[Reply]:
+    async with rig(
+        path, context=4096, speculation=speculation, prefixes=PrefixCache(max_bytes=1 << 24)
+    ) as made:
+        found = [await made.generate(one) for one in asks]
+        assert made.engine.stats().faults == 0
+    return found
+
+
+async def test_a_reply_is_the_same_event_by_event_and_says_how_much_was_guessed(looping: Path) -> None:
+    logprobs = pb.LogprobOptions(top_logprob_count=2)
+    whole = (await replies(looping, None, ask(TEXT, most=300)))[0].text
+    asks = [
+        ask(TEXT, most=300, include_token_ids=True, logprobs=logprobs),
+        ask(TEXT, most=300, stops=[whole[200:206]], include_token_ids=True),
+        ask(TEXT, most=299, include_token_ids=True, sampling=pb.Sampling(temperature=0.3, seed=4)),
+        ask(TEXT, most=120, sampling=pb.Sampling(temperature=0, repetition_penalty=1.05)),
+    ]
+    speculation = eager()
+    plain, guessed = await replies(looping, None, *asks), await replies(looping, speculation, *asks)
+    for one, other in zip(plain, guessed, strict=True):
+        assert one.text == other.text
+        # Tokens of a stop sequence come along if some before them have not been told yet.
+        common = min(len(one.token_ids), len(other.token_ids))
+        assert one.token_ids[:common] == other.token_ids[:common]
+        assert one.finished.stop_sequence or len(one.token_ids) == len(other.token_ids)
+        assert one.finished.reason == other.finished.reason
+        assert one.finished.stop_sequence == other.finished.stop_sequence
+        usage = other.finished.usage
+        assert one.finished.usage.output_token_count == usage.output_token_count
+        assert one.finished.usage.prompt_token_count == usage.prompt_token_count
+        assert one.finished.usage.drafted_token_count == 0
+        assert 0 <= usage.accepted_token_count <= min(usage.drafted_token_count, usage.output_token_count)
+    assert guessed[0].finished.usage.accepted_token_count > 50
+    a = [p for delta in plain[0].deltas for p in delta.logprobs]
+    b = [p for delta in guessed[0].deltas for p in delta.logprobs]
+    assert [p.token_id for p in a] == [p.token_id for p in b]
+    assert [p.logprob for p in a] == pytest.approx([p.logprob for p in b], abs=1e-3)
+
+
+async def test_a_row_that_is_cancelled_while_it_speculates_leaves_right_prefixes(looping: Path) -> None:
+    speculation = eager()
+    cache = PrefixCache(max_bytes=1 << 24, min_tokens=4)
+    async with rig(looping, context=4096, speculation=speculation, prefixes=cache) as made:
+        prompt = (await made.words.prompt(ask(TEXT).messages)).tokens
+        ticket = made.engine.submit(Row(tokens=prompt, most=3000, sampling=SamplingParams(temperature=0)))
+        await until(lambda: speculation.stats.accepted > 40)
+        ticket.cancel()
+        await until(lambda: not made.engine.stats().live)
+        whole = (await made.generate(ask(TEXT, most=400, include_token_ids=True))).token_ids
+        continued = await made.generate(
+            ask(
+                TEXT,
+                most=200,
+                include_token_ids=True,
+                continue_from=pb.ReplyPrefix(token_ids=whole[:200]),
+            )
+        )
+        assert continued.finished.usage.cached_token_count > len(prompt)
+    plain = (await replies(looping, None, ask(TEXT, most=400, include_token_ids=True)))[0].token_ids
+    assert whole == plain
+    assert continued.token_ids == plain[200:400]
+
+
+async def test_a_step_that_fails_while_a_row_speculates_costs_it_nothing(
+    looping: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain = (await replies(looping, None, ask(TEXT, most=300)))[0].text
+    speculation = eager()
+    step = Solo.step
+    calls = 0
+
+    def failing(solo: Solo) -> object:
+        nonlocal calls
+        calls += 1
+        if calls == 5:
+            raise RuntimeError("the device hiccups")
+        return step(solo)
+
+    monkeypatch.setattr(Solo, "step", failing)
+    async with rig(looping, context=4096, speculation=speculation) as made:
+        assert (await made.generate(ask(TEXT, most=300))).text == plain
+        assert made.engine.stats().faults == 1
+
+
+async def test_a_draft_model_is_part_of_what_is_counted(looping: Path, folder: Path) -> None:
+    small = tiny_models.build_random(folder.parent / "small", hidden=32, layers=1)
+    async with rig(looping, ceiling=1 << 30) as made:
+        alone = made.engine.stats()
+        row = Row(tokens=(1,) * 100, most=100, sampling=SamplingParams(temperature=0))
+        made.engine.submit(row).cancel()
+        ticket = made.engine.submit(row)
+        reserved = made.engine.stats().reserved_bytes
+        ticket.cancel()
+    speculation = Speculation(load_draft=lambda: load_draft(small, looping))
+    async with rig(looping, ceiling=1 << 30, speculation=speculation) as made:
+        assert made.engine.stats().weights_bytes > alone.weights_bytes + 50_000
+        ticket = made.engine.submit(row)
+        assert made.engine.stats().reserved_bytes > reserved
+        ticket.cancel()
+        assert made.engine.stats().reserved_bytes == 0
+
+
+def test_a_draft_model_with_other_tokens_is_refused_with_the_remedy(looping: Path, folder: Path) -> None:
+    other = tiny_models.build_scripted(folder.parent / "words", [f"word{i}" for i in range(9)])
+    with pytest.raises(ModelLoadFailed, match="their tokenizers differ") as found:
+        load_draft(other, looping)
+    assert "draft_models" in found.value.message
+
+
+@pytest.mark.parametrize(("more", "fits"), [(2, True), (9, False)])
+def test_a_draft_model_may_have_a_few_tokens_of_its_own(
+    looping: Path, tmp_path: Path, more: int, fits: bool
+) -> None:
+    small = tiny_models.build_random(tmp_path / "small", hidden=32, layers=1)
+    tokenizer = json.loads((small / "tokenizer.json").read_text())
+    last = tokenizer["added_tokens"][-1]
+    for i in range(1, more + 1):
+        tokenizer["added_tokens"].append(last | {"id": last["id"] + i, "content": f"<more{i}>"})
+    (small / "tokenizer.json").write_text(json.dumps(tokenizer))
+    if fits:
+        assert callable(load_draft(small, looping))
+    else:
+        with pytest.raises(ModelLoadFailed, match="tokens, not"):
+            load_draft(small, looping)

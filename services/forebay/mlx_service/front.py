@@ -208,6 +208,11 @@ class MlxEngine:
 
     async def delete_model(self, request: models_pb.DeleteModelRequest) -> models_pb.DeleteModelResponse:
         """Removes a model of Forebay's cache or the hub's, after the last call that uses it."""
+        if (adapter := self._companions.adapter(request.model)) is not None:
+            raise PermissionDenied(
+                f"{adapter.name} is an adapter in {adapter.path}, which is yours: take it out of `adapters`",
+                metadata={"model": adapter.name},
+            )
         entry = await self._registry.find(request.model)
         if entry.removable is None:
             raise PermissionDenied(
