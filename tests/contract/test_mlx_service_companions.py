@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 from pathlib import Path
 
@@ -79,12 +80,14 @@ async def test_adapters_are_served_beside_their_base_model_by_one_worker(tmp_pat
         {"name": "nowhere", "path": str(tmp_path / "no"), "base": "tiny"},
         {"name": "homeless", "path": str(good), "base": "gone"},
     ]
-    settings = {"adapters": adapters, "aliases": {"nick": "tiny"}}
+    settings = {"adapters": adapters, "aliases": {"nick": "tiny"}, "preload": ["good", "bad"]}
     async with service(tmp_path, **settings) as process, connect(process.address) as channel:
         client = Client(channel)
-        listed = await client.models()
-        states = {name: listed[name].state for name in ("good", "nowhere", "homeless")}
-        assert states == {"good": AVAILABLE, "nowhere": FAILED, "homeless": FAILED}
+        async with asyncio.timeout(60):
+            while (listed := await client.models())["good"].state != ACTIVE:
+                await asyncio.sleep(0.05)
+        states = {name: listed[name].state for name in ("bad", "nowhere", "homeless")}
+        assert states == {"bad": AVAILABLE, "nowhere": FAILED, "homeless": FAILED}
         assert "gone" in listed["homeless"].detail
         assert str(tmp_path / "no") in listed["nowhere"].detail
 

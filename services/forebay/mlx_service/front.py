@@ -108,6 +108,8 @@ class MlxEngine:
                 await self._supervisor.load(
                     id_, prepare, _no_one, self._options(models_pb.LoadModelRequest())
                 )
+                if (adapter := self._companions.adapter(name)) is not None:
+                    await self._load_adapter(adapter, (id_, prepare), _ignore)
             except Failure as failure:
                 logger.warning("%s is not loaded at start: %s", name, failure.message)
 
@@ -438,6 +440,10 @@ def _remove(path: Path) -> None:
         shutil.rmtree(path)
     else:
         path.unlink(missing_ok=True)
+
+
+async def _ignore(event: models_pb.LoadModelResponse) -> None:
+    """Tells nobody how a load at start goes."""
 
 
 async def _no_one(residence: Residence) -> None:

@@ -134,10 +134,6 @@ class Lanes:
         """Bytes that the rows' attention caches take."""
         return sum(lane.batch.cache_bytes for lane in self._lanes)
 
-    def views(self) -> set[str]:
-        """Views of the model that have rows."""
-        return {lane.view for lane in self._lanes if lane.rows}
-
     def insert(
         self,
         tokens: Sequence[int],

@@ -30,7 +30,7 @@ from forebay.kit.failure import ModelLoadFailed
 from forebay.mlx_service.worker.batch import Generated, Kept, Prefilled, Taken, has_plain_caches
 from forebay.mlx_service.worker.drafting import Drafter, DraftModel, PromptLookup
 from forebay.mlx_service.worker.memory import KvCost, probe
-from forebay.mlx_service.worker.runtime import KVCache, generation_stream, mx
+from forebay.mlx_service.worker.runtime import BatchKVCache, KVCache, generation_stream, mx
 from forebay.mlx_service.worker.sampling import Array, Processor, Sampler, sample_each, take_back
 
 FIRST_GUESSES = 4
@@ -114,6 +114,8 @@ class Solo:
         self._model = model
         self._tokens = list(tokens)
         self._caches: list[KVCache] = taken.caches
+        for cache in self._caches:
+            cache.step = BatchKVCache.step  # grows as it did in the batch, which is what was reserved
         self._left = left
         self._sampler = sampler
         self._processors = processors
@@ -230,6 +232,10 @@ class Worth:
     def is_due(self) -> bool:
         """Whether there is something to compare with, and no rest to take."""
         return self._plain_steps >= MEASURED_STEPS and self._resting <= 0
+
+    def restart(self) -> None:
+        """Forgets how long steps take: another row has another length."""
+        self._plain, self._plain_steps = 0.0, 0
 
     def without(self, seconds: float) -> None:
         """Notes a step of one token."""
@@ -402,6 +408,7 @@ class Speculation:
     def _follow(self, row: int) -> None:
         self.forget()
         self._row = row
+        self._worth.restart()
 
     def _note(self, drafted: int, right: int, told: int) -> None:
         self._round = drafted, right, told
