@@ -55,7 +55,9 @@ def deep(path: Path, small: Path) -> Path:
     return path
 
 
-def seconds(model: object, prompt: list[int], speculation: Speculation | None) -> tuple[float, float]:
+def seconds(
+    model: object, prompt: list[int], speculation: Speculation | None, tokens: int
+) -> tuple[float, float]:
     """Seconds of the clock and of the processor for a token."""
     lanes = Lanes(
         lambda _: Batch(model, rows=8, prefill_step=512, end_tokens=[]),
@@ -64,28 +66,36 @@ def seconds(model: object, prompt: list[int], speculation: Speculation | None) -
     )
     lanes.insert(
         prompt,
-        most=TOKENS,
+        most=tokens,
         sampler=sampler(SamplingParams(temperature=0), position=0),
         processors=(),
         speculates=True,
     )
     count = 0
     began = used = 0.0
-    while count < TOKENS:
+    while count < tokens:
         count += len(lanes.step()[1])
         if not began and count:
             began, used = time.perf_counter(), time.process_time()
     took = time.perf_counter() - began, time.process_time() - used
     lanes.close()
-    return took[0] / TOKENS, took[1] / TOKENS
+    return took[0] / tokens, took[1] / tokens
 
 
-def compare(name: str, model: object, prompt: list[int], make: Callable[[], Speculation]) -> None:
+def compare(
+    name: str,
+    model: object,
+    prompt: list[int],
+    make: Callable[[], Speculation],
+    *,
+    rounds: int = ROUNDS,
+    tokens: int = TOKENS,
+) -> None:
     pairs = []
     stats = SpeculationStats()
-    for _ in range(ROUNDS):
+    for _ in range(rounds):
         speculation = make()
-        pairs.append((seconds(model, prompt, None), seconds(model, prompt, speculation)))
+        pairs.append((seconds(model, prompt, None, tokens), seconds(model, prompt, speculation, tokens)))
         stats = speculation.stats
     wall = statistics.median(off[0] / on[0] for off, on in pairs)
     processor = statistics.median(off[1] / on[1] for off, on in pairs)
@@ -123,5 +133,7 @@ def test_speculation(tmp_path: Path) -> None:
     folder = default_cache_dir() / "models" / "smollm2-135m-instruct"
     if folder.is_dir():
         real = load_weights(folder)
-        compare("SmolLM2-135M, repetitive", real, prompt_of(folder, REPETITIVE), Speculation)
-        compare("SmolLM2-135M, a story", real, prompt_of(folder, PLAIN), Speculation)
+        compare(
+            "SmolLM2-135M, repetitive", real, prompt_of(folder, REPETITIVE), Speculation, rounds=1, tokens=120
+        )
+        compare("SmolLM2-135M, a story", real, prompt_of(folder, PLAIN), Speculation, rounds=1, tokens=120)

@@ -78,7 +78,9 @@ def some_params(draw: random.Random) -> SamplingParams:
     )
 
 
-@pytest.mark.parametrize("seed", [None, 1, 2])
+@pytest.mark.parametrize(
+    "seed", [None, 1, *(pytest.param(seed, marks=pytest.mark.soak) for seed in range(2, 30))]
+)
 def test_rows_that_change_lanes_write_the_very_tokens_they_write_alone(
     model: object, seed: int | None
 ) -> None:
@@ -119,7 +121,7 @@ def test_rows_that_change_lanes_write_the_very_tokens_they_write_alone(
             spare = BUFFER_TOKENS * len(live)
             too_much = too_much + 1 if on.cache_bytes > (2 * useful + spare) * TOKEN_BYTES else 0
             assert too_much <= 8  # no more steps than there are rows to move
-    assert on.moves > 0 or seed not in {1, 2}
+    assert on.moves > 0 or seed != 1
     on.close()
     for ask in done:
         told = [token.token for token in ask.told][: ask.leaves_after]

@@ -160,7 +160,9 @@ async def test_a_repetitive_reply_takes_fewer_steps_and_is_the_same(repetitive: 
 
 
 @pytest.mark.parametrize("kind", ["lookup", "draft"])
-@pytest.mark.parametrize("seed", [None, 1, 2])
+@pytest.mark.parametrize(
+    "seed", [None, 1, *(pytest.param(seed, marks=pytest.mark.soak) for seed in range(2, 30))]
+)
 def test_any_mix_of_joins_and_leaves_gives_the_very_tokens_of_plain_decoding(
     model: object,
     repetitive: object,
@@ -206,7 +208,7 @@ def test_any_mix_of_joins_and_leaves_gives_the_very_tokens_of_plain_decoding(
                 assert kept is None or {int(c.offset) for c in kept.caches} == {len(kept.tokens)}
                 done.append(live.pop(uid))
     on.close()
-    assert speculation.stats.drafted > 0 or seed not in {1, 2}
+    assert speculation.stats.drafted > 0 or seed != 1
     for ask in done:
         told = ask.tokens_told
         assert told == plain(model, ask, ends=ends)[: len(told)]
@@ -218,7 +220,7 @@ def test_a_limit_and_an_end_token_in_the_middle_of_a_right_run_end_the_reply_the
     repetitive: object,
 ) -> None:
     whole = plain(repetitive, Ask(LOOP, 120))
-    for most in (50, 51, 52, 53, 54, 55):
+    for most in (50, 52, 55):
         ask = Ask(LOOP, most)
         run(lanes(repetitive, Speculation()), ask)
         assert ask.tokens_told == whole[:most]
@@ -232,7 +234,7 @@ def test_an_end_token_in_the_middle_of_a_right_run_ends_the_reply_there(model: o
     whole = plain(model, Ask(prompt, 80))
     firsts = [i for i, token in enumerate(whole) if i > 20 and token not in whole[:i]]
     assert len(firsts) >= 5
-    for place in firsts[:5]:
+    for place in firsts[:3]:
         speculation = drafted(model, model, lookup=False)
         ask = Ask(prompt, 200)
         run(lanes(model, speculation, ends=[whole[place]]), ask)
