@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import json
+import shutil
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from pathlib import Path
 
 import pytest
+from mlx.utils import tree_flatten
+from mlx_lm.utils import quantize_model
 
 import tiny_models
 from forebay.inference.v1 import inference_pb2 as pb
@@ -306,3 +309,28 @@ def test_a_folder_is_described_anew_when_it_changes(base: Path, tmp_path: Path) 
     (folder / "adapter_config.json").write_text("[")
     with pytest.raises(NotAModelError, match="cannot be read"):
         describe_adapter(folder)
+
+
+@pytest.fixture(scope="module")
+def quantised(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The base model in four bits, as mlx-lm writes it."""
+    path = tmp_path_factory.mktemp("adapters") / "quantised"
+    shutil.copytree(base, path)
+    config = json.loads((path / "config.json").read_text())
+    model, config = quantize_model(load_weights(base), config, group_size=32, bits=4)
+    (path / "config.json").write_text(json.dumps(config))
+    mx.save_safetensors(str(path / "model.safetensors"), dict(tree_flatten(model.parameters())))
+    return path
+
+
+async def test_quantised_weights_are_shared_like_others(quantised: Path, tmp_path: Path) -> None:
+    folder = make_adapter(tmp_path / "q", quantised, seed=7)
+    async with serving(quantised, {"q": folder}) as (rig, models):
+        before = await rig.engine.run(mx.get_active_memory)
+        await load(models, "q")
+        took = await rig.engine.run(mx.get_active_memory) - before
+        assert took <= describe_adapter(folder).disk_bytes * 1.05 + 16384
+        prompt = (await rig.words.prompt(ask("hi").messages)).tokens
+        told = await tokens(rig, "q", "hi")
+    expected = by_mlx_lm(quantised, folder, prompt, 24)
+    assert told == expected[: len(told)]

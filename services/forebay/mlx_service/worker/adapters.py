@@ -18,15 +18,13 @@ from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
-from mlx.utils import tree_flatten
-
 from forebay.inference.v1 import inference_pb2 as pb
 from forebay.kit.engine import SendLoad, SendPull
 from forebay.kit.failure import CapabilityUnsupported, ModelLoadFailed, ModelNotFound
 from forebay.mlx_service.models.adapter import WEIGHTS, AdapterFacts, describe_adapter
 from forebay.mlx_service.models.describe import NotAModelError
 from forebay.mlx_service.worker.engine import Engine
-from forebay.mlx_service.worker.runtime import load_adapters, mx
+from forebay.mlx_service.worker.runtime import load_adapters, mx, tree_flatten
 from forebay.models.v1 import models_pb2 as models_pb
 
 _ADAPTED = frozenset({"lora_a", "lora_b", "m"})

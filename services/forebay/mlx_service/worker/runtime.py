@@ -27,6 +27,7 @@ resource.setrlimit = _keep_limit
 try:
     import mlx.core as mx
     import mlx_lm.generate
+    from mlx.utils import tree_flatten
     from mlx_lm.generate import BatchGenerator, StopSequences, generation_stream
     from mlx_lm.models.cache import BatchKVCache, KVCache, make_prompt_cache
     from mlx_lm.tokenizer_utils import TokenizerWrapper
@@ -65,4 +66,5 @@ __all__ = [
     "make_prompt_cache",
     "model_classes",
     "mx",
+    "tree_flatten",
 ]
