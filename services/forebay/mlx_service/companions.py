@@ -106,8 +106,8 @@ class Companions:
             model.capabilities.extend(base.capabilities)
         model.detail = f"adapter of {base.id}"
         model.disk_bytes = facts.disk_bytes
-        model.weights.CopyFrom(base.weights)
-        if base.weights.digest:
+        if not model.weights.digest and base.weights.digest:  # a worker knows better what it has loaded
+            model.weights.CopyFrom(base.weights)
             model.weights.digest = facts.weights_digest(base.weights.digest)
         return model
 
