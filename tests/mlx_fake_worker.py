@@ -77,6 +77,7 @@ def main() -> int:
     parser.add_argument("--draft-model", type=Path)
     parser.add_argument("--adapter", action="append")
     parser.add_argument("--isolate-callers", action="store_true")
+    parser.add_argument("--cpu-weights")
     arguments = parser.parse_args()
     with (arguments.model / "starts").open("a") as starts:
         starts.write(f"{os.getpid()}\n")

@@ -26,7 +26,7 @@ from forebay.kit.failure import (
 from forebay.kit.pipeline import Call
 from forebay.mlx_service.models.adapter import describe_adapter
 from forebay.mlx_service.models.describe import NotAModelError, describe
-from forebay.mlx_service.worker.adapters import AdapterModels, Adapters
+from forebay.mlx_service.worker.adapters import AdapterModels, Adapters, needs_plain_layers
 from forebay.mlx_service.worker.engine import Engine
 from forebay.mlx_service.worker.grammar import Grammars
 from forebay.mlx_service.worker.load import load_weights
@@ -34,6 +34,7 @@ from forebay.mlx_service.worker.prefix_cache import PrefixCache
 from forebay.mlx_service.worker.runtime import load_adapters, make_prompt_cache, mx
 from forebay.mlx_service.worker.service import Served, WorkerService
 from forebay.mlx_service.worker.speculation import Speculation
+from forebay.mlx_service.worker.weights import STORED, Plan
 from forebay.mlx_service.worker.words import Words
 from forebay.models.v1 import models_pb2 as models_pb
 from mlx_worker_rig import MODEL, Rig, ask, until
@@ -54,12 +55,12 @@ def folders(base: Path) -> dict[str, Path]:
 
 @asynccontextmanager
 async def serving(
-    base: Path, folders: Mapping[str, Path], *, ceiling: int | None = None
+    base: Path, folders: Mapping[str, Path], *, ceiling: int | None = None, how: Plan = STORED
 ) -> AsyncIterator[tuple[Rig, AdapterModels]]:
     words = Words(base)
     await words.load()
     engine = Engine(
-        lambda: (load_weights(base), words.language.end_tokens),
+        lambda: (load_weights(base, how), words.language.end_tokens),
         rows=6,
         prefill_step=32,
         prefixes=PrefixCache(max_bytes=64 << 20, min_tokens=4),
@@ -334,3 +335,18 @@ async def test_quantised_weights_are_shared_like_others(quantised: Path, tmp_pat
         told = await tokens(rig, "q", "hi")
     expected = by_mlx_lm(quantised, folder, prompt, 24)
     assert told == expected[: len(told)]
+
+
+@pytest.mark.parametrize("kind", ["lora", "dora"])
+async def test_an_adapter_answers_the_same_over_unpacked_weights(
+    base: Path, tmp_path: Path, kind: str
+) -> None:
+    folder = make_adapter(tmp_path / "u", base, seed=3, dora=kind == "dora")
+    assert needs_plain_layers([tmp_path / "none", folder]) is (kind == "dora")
+    how = Plan(is_float32=True, is_blocked=kind == "lora")
+    async with serving(base, {"u": folder}, how=how) as (rig, _):
+        prompt = (await rig.words.prompt(ask("hi").messages)).tokens
+        told = await tokens(rig, "u", "hi")
+    expected = by_mlx_lm(base, folder, prompt, 24)
+    assert told == expected[: len(told)]
+    assert len(told) == 24 or expected[len(told)] in rig.words.language.end_tokens

@@ -13,7 +13,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import copy
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -29,6 +29,15 @@ from forebay.models.v1 import models_pb2 as models_pb
 
 _ADAPTED = frozenset({"lora_a", "lora_b", "m"})
 """Names of an adapter's own arrays."""
+
+
+def needs_plain_layers(paths: Iterable[Path]) -> bool:
+    """Whether one of the adapters is of a kind that looks at the weights of the layers it changes."""
+    for path in paths:
+        with contextlib.suppress(NotAModelError):  # it is told to who asks for it
+            if describe_adapter(path).kind == "dora":
+                return True
+    return False
 
 
 def make_view(base: object, path: Path, base_name: str) -> object:

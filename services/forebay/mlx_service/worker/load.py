@@ -7,19 +7,26 @@ from pathlib import Path
 
 from forebay.kit.failure import ModelLoadFailed
 from forebay.mlx_service.worker.runtime import TokenizerWrapper, load_config, load_model, load_tokenizer
+from forebay.mlx_service.worker.weights import STORED, Plan, unpack
 
 SPARE_TOKENS = 0.01
 """Share of a vocabulary by which a draft model's may be longer or shorter. Families add a few tokens."""
 
 
-def load_weights(path: Path) -> object:
+def load_weights(path: Path, how: Plan = STORED) -> object:
     """Returns the model with all weights in memory. Call it on the engine's thread.
+
+    Args:
+        path: the model's folder.
+        how: how weights are held.
 
     Raises:
         ModelLoadFailed: the folder holds no model that mlx-lm can run. The message says why.
     """
     try:
-        model, _ = load_model(path, lazy=False, strict=True, trust_remote_code=False)
+        model, _ = load_model(path, lazy=how.is_float32, strict=True, trust_remote_code=False)
+        if how.is_float32:
+            unpack(model, is_blocked=how.is_blocked)
     except Exception as error:
         raise _failed(path, "its weights", error) from error
     return model
@@ -38,8 +45,13 @@ def load_words(path: Path) -> TokenizerWrapper:
         raise _failed(path, "its tokenizer", error) from error
 
 
-def load_draft(path: Path, large: Path) -> object:
+def load_draft(path: Path, large: Path, how: Plan = STORED) -> object:
     """Returns a small model that guesses for a large one. Call it on the engine's thread.
+
+    Args:
+        path: the small model's folder.
+        large: the large model's folder.
+        how: how the small model's weights are held.
 
     Raises:
         ModelLoadFailed: it cannot be loaded, or its tokens are not those of the large model.
@@ -58,7 +70,7 @@ def load_draft(path: Path, large: Path) -> object:
             "model of the same family in draft_models, or none",
             metadata={"model": large.name, "draft_model": path.name},
         )
-    return load_weights(path)
+    return load_weights(path, how)
 
 
 def _failed(path: Path, what: str, error: Exception) -> ModelLoadFailed:

@@ -15,6 +15,7 @@ import os
 import stat
 import sys
 from collections.abc import AsyncIterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import cast
 
@@ -29,7 +30,7 @@ from forebay.kit.metrics import Metrics
 from forebay.kit.server import Serving, StartError, serving
 from forebay.kit.telemetry import Telemetry, TelemetrySettings
 from forebay.mlx_service.models.describe import ModelFacts, NotAModelError, describe
-from forebay.mlx_service.worker.adapters import AdapterModels, Adapters
+from forebay.mlx_service.worker.adapters import AdapterModels, Adapters, needs_plain_layers
 from forebay.mlx_service.worker.embedding.engine import EmbeddingEngine
 from forebay.mlx_service.worker.embedding.service import assemble
 from forebay.mlx_service.worker.embedding.texts import Texts
@@ -38,9 +39,10 @@ from forebay.mlx_service.worker.grammar import Grammars
 from forebay.mlx_service.worker.load import load_draft, load_weights
 from forebay.mlx_service.worker.memory import default_ceiling, metal_memory
 from forebay.mlx_service.worker.prefix_cache import PrefixCache
-from forebay.mlx_service.worker.runtime import leave_thread
+from forebay.mlx_service.worker.runtime import BLAS, leave_thread
 from forebay.mlx_service.worker.service import Served, WorkerService
 from forebay.mlx_service.worker.speculation import Speculation, SpeculationStats
+from forebay.mlx_service.worker.weights import CpuWeights, Plan, plan
 from forebay.mlx_service.worker.words import Words
 
 log = logging.getLogger(__name__)
@@ -101,8 +103,13 @@ async def _serve(options: argparse.Namespace, settings: ServerSettings, tracing:
         raise ModelLoadFailed(
             f"{path.name}: its weights take {weights} bytes and memory_ceiling is {ceiling}"
         )
+    how = plan(options.cpu_weights, facts, ceiling=ceiling, blas=BLAS)
+    if needs_plain_layers(folder for _, folder in options.adapter):
+        how = replace(how, is_blocked=False)
+    if how.reason:
+        log.info("%s: %s; matrix products by %s", options.model_id, how.reason, BLAS or "mlx's own library")
     service, models, engine, words = (
-        _embedding(options, facts) if facts.recipe else _chat(options, facts, ceiling)
+        _embedding(options, facts, how) if facts.recipe else _chat(options, facts, ceiling, how)
     )
     _show(engine, options.model_id, tracing.metrics)
     async with process.stop_requests() as stopped:
@@ -126,18 +133,18 @@ async def _serve(options: argparse.Namespace, settings: ServerSettings, tracing:
 
 
 def _chat(
-    options: argparse.Namespace, facts: ModelFacts, ceiling: int
+    options: argparse.Namespace, facts: ModelFacts, ceiling: int, how: Plan
 ) -> tuple[InferenceEngine, ModelEngine | None, Engine, Words]:
     """Puts together what generates text."""
     path: Path = options.model
     words = Words(path)
     engine = Engine(
-        lambda: (load_weights(path), words.language.end_tokens),
+        lambda: (load_weights(path, how), words.language.end_tokens),
         rows=options.max_rows,
         queue_rows=options.queue,
         prefixes=PrefixCache(max_bytes=options.prefix_cache) if options.prefix_cache else None,
         ceiling=ceiling,
-        speculation=_speculation(options),
+        speculation=_speculation(options, ceiling - how.byte_count),
     )
     served = Served(
         model_id=options.model_id,
@@ -147,20 +154,19 @@ def _chat(
         default_max_tokens=options.default_max_tokens,
         rows=options.max_rows,
         isolates_callers=options.isolate_callers,
+        detail=how.reason,
     )
     adapters = Adapters(engine, options.model_id, dict(options.adapter))
     models = AdapterModels(adapters, options.name) if options.adapter else None
     return WorkerService(served, engine, words, Grammars(words), adapters), models, engine, words
 
 
-def _speculation(options: argparse.Namespace) -> Speculation | None:
-    if not options.prompt_lookup and options.draft_model is None:
-        return None
+def _speculation(options: argparse.Namespace, room: int) -> Speculation | None:
     draft: Path | None = options.draft_model
-    return Speculation(
-        lookup=options.prompt_lookup,
-        load_draft=None if draft is None else lambda: load_draft(draft, options.model),
-    )
+    if draft is None:
+        return Speculation() if options.prompt_lookup else None
+    how = plan(options.cpu_weights, describe(draft), ceiling=max(room, 0), blas=BLAS)
+    return Speculation(lookup=options.prompt_lookup, load_draft=lambda: load_draft(draft, options.model, how))
 
 
 def _draft_bytes(path: Path | None) -> int:
@@ -173,7 +179,7 @@ def _draft_bytes(path: Path | None) -> int:
 
 
 def _embedding(
-    options: argparse.Namespace, facts: ModelFacts
+    options: argparse.Namespace, facts: ModelFacts, how: Plan
 ) -> tuple[InferenceEngine, ModelEngine | None, EmbeddingEngine, Texts]:
     """Puts together what embeds text."""
     service, engine, texts = assemble(
@@ -182,6 +188,7 @@ def _embedding(
         model_id=options.model_id,
         backend=options.name,
         token_count=options.context,
+        how=how,
     )
     return service, None, engine, texts
 
@@ -332,6 +339,12 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
         default=[],
         metavar="NAME=FOLDER",
         help="an adapter of the model, served under that name; may be given again",
+    )
+    parser.add_argument(
+        "--cpu-weights",
+        type=CpuWeights,
+        default=CpuWeights.AUTO,
+        help="how weights are held on a CPU: auto, stored or float32",
     )
     parser.add_argument("--parent-pid", type=int, help="process whose end ends this one")
     parser.add_argument("--config", type=Path, help="configuration file, for [log] and [telemetry]")

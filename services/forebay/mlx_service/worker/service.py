@@ -68,6 +68,8 @@ class Served:
     """Requests served at once."""
     isolates_callers: bool = False
     """Whether each caller's prompts are kept apart in the prefix cache."""
+    detail: str = ""
+    """What else is to be said of how it is loaded."""
 
     @property
     def weights(self) -> pb.WeightIdentity:
@@ -181,6 +183,7 @@ class WorkerService:
                     capabilities=self._capabilities(),
                     weights=served.weights,
                     disk_bytes=served.facts.disk_bytes,
+                    detail=served.detail,
                 ),
                 *(self._describe(name, adapter) for name, adapter in self._adapters.open.items()),
             ]
