@@ -18,12 +18,14 @@ import pytest
 
 import tiny_models
 from forebay.mlx_service.fetch import default_cache_dir
+from forebay.mlx_service.models.describe import describe
 from forebay.mlx_service.worker.batch import Batch
 from forebay.mlx_service.worker.lanes import Lanes
 from forebay.mlx_service.worker.load import load_weights, load_words
-from forebay.mlx_service.worker.runtime import mx
+from forebay.mlx_service.worker.runtime import BLAS, mx
 from forebay.mlx_service.worker.sampling import SamplingParams, sampler
 from forebay.mlx_service.worker.speculation import Speculation, SpeculationStats
+from forebay.mlx_service.worker.weights import CpuWeights, plan
 
 pytestmark = pytest.mark.mlx
 
@@ -132,7 +134,7 @@ def test_speculation(tmp_path: Path) -> None:
     compare("12 layers, a loop looked up", model, prompt_of(large, "hi"), Speculation)
     folder = default_cache_dir() / "models" / "smollm2-135m-instruct"
     if folder.is_dir():
-        real = load_weights(folder)
+        real = load_weights(folder, plan(CpuWeights.AUTO, describe(folder), ceiling=8 << 30, blas=BLAS))
         compare(
             "SmolLM2-135M, repetitive", real, prompt_of(folder, REPETITIVE), Speculation, rounds=1, tokens=120
         )
