@@ -223,6 +223,17 @@ class CacheSettings(Settings):
         return self
 
 
+class GatherSettings(Settings):
+    """When embedding calls of several callers are sent to a backend as one."""
+
+    window: Duration = Field(
+        default=timedelta(milliseconds=3),
+        description="How long a call for embeddings waits for others of its kind, while earlier ones are "
+        "being served. A call that comes alone never waits. 0 sends each by itself.",
+    )
+    max_texts: int = Field(default=64, ge=1, description="Most texts that are sent together.")
+
+
 class HedgeSettings(Settings):
     """When a slow call is tried on a second backend at the same time."""
 
@@ -321,6 +332,9 @@ class OrchestratorSettings(ServerSettings):
         default="asked",
         description="Which identical calls in flight share one reply, if it is greedy or seeded: those that "
         "`routing.cache` allows to be kept, all, or none.",
+    )
+    gather: GatherSettings = Field(
+        default_factory=GatherSettings, description="How small calls for embeddings are put together."
     )
     hedge: HedgeSettings = Field(
         default_factory=HedgeSettings, description="When slow calls are tried twice at the same time."

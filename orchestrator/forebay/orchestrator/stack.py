@@ -29,6 +29,7 @@ from forebay.orchestrator.layers.coalesce import Coalesce, Spawn
 from forebay.orchestrator.layers.continue_ import Continue
 from forebay.orchestrator.layers.deadline import Deadline
 from forebay.orchestrator.layers.fallback import Fallback
+from forebay.orchestrator.layers.gather import Gather
 from forebay.orchestrator.layers.guard import Guard
 from forebay.orchestrator.layers.hedge import FirstDeltas, Hedge
 from forebay.orchestrator.layers.remember import Lookup, Remember
@@ -110,6 +111,17 @@ def request_stack(
                 weights=weights,
                 is_shared=settings.cache.shared,
                 on_join=record.joined,
+            )
+        )
+    if spawn is not None and settings.gather.window:
+        # Above Admit, so that calls that wait for a turn are gathered too, and take one together.
+        caching.append(
+            lambda inner: Gather(
+                inner,
+                spawn=spawn,
+                window=settings.gather.window,
+                max_texts=settings.gather.max_texts,
+                on_gathered=lambda count: watched_by.metrics.record(metrics.GATHERED, count, {}),
             )
         )
     return stack(
