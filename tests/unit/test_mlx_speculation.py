@@ -19,6 +19,7 @@ from forebay.mlx_service.worker.engine import Row
 from forebay.mlx_service.worker.lanes import Lanes
 from forebay.mlx_service.worker.load import load_draft, load_weights
 from forebay.mlx_service.worker.prefix_cache import PrefixCache
+from forebay.mlx_service.worker.runtime import mx
 from forebay.mlx_service.worker.sampling import SamplingParams, processors, sampler
 from forebay.mlx_service.worker.speculation import (
     MEASURED_ROUNDS,
@@ -50,7 +51,11 @@ def model(folder: Path) -> object:
 def repetitive(tmp_path_factory: pytest.TempPathFactory) -> object:
     """A model whose greedy replies are loops: the next token depends on the last one alone."""
     path = tmp_path_factory.mktemp("speculation") / "r"
-    return load_weights(tiny_models.build_scripted(path, [f" w{i}" for i in range(9)] + ["\n"]))
+    made = load_weights(tiny_models.build_scripted(path, [f" w{i}" for i in range(9)] + ["\n"]))
+    # After the last piece the end is as likely as the first piece, to the last bit: take it away.
+    head = made.lm_head  # type: ignore[attr-defined]  # a module
+    head.weight = mx.concatenate([head.weight[:-1], mx.zeros_like(head.weight[-1:])])
+    return made
 
 
 class Clock:
@@ -437,11 +442,11 @@ async def replies(path: Path, speculation: Speculation | None, *asks: pb.Generat
 
 async def test_a_reply_is_the_same_event_by_event_and_says_how_much_was_guessed(looping: Path) -> None:
     logprobs = pb.LogprobOptions(top_logprob_count=2)
-    whole = (await replies(looping, None, ask(TEXT, most=300)))[0].text
+    whole = (await replies(looping, None, ask(TEXT, most=180)))[0].text
     asks = [
-        ask(TEXT, most=300, include_token_ids=True, logprobs=logprobs),
-        ask(TEXT, most=300, stops=[whole[200:206]], include_token_ids=True),
-        ask(TEXT, most=299, include_token_ids=True, sampling=pb.Sampling(temperature=0.3, seed=4)),
+        ask(TEXT, most=180, include_token_ids=True, logprobs=logprobs),
+        ask(TEXT, most=180, stops=[whole[140:146]], include_token_ids=True),
+        ask(TEXT, most=150, include_token_ids=True, sampling=pb.Sampling(temperature=0.3, seed=4)),
         ask(TEXT, most=120, sampling=pb.Sampling(temperature=0, repetition_penalty=1.05)),
     ]
     speculation = eager()
@@ -459,7 +464,7 @@ async def test_a_reply_is_the_same_event_by_event_and_says_how_much_was_guessed(
         assert one.finished.usage.prompt_token_count == usage.prompt_token_count
         assert one.finished.usage.drafted_token_count == 0
         assert 0 <= usage.accepted_token_count <= min(usage.drafted_token_count, usage.output_token_count)
-    assert guessed[0].finished.usage.accepted_token_count > 50
+    assert guessed[0].finished.usage.accepted_token_count > 30
     a = [p for delta in plain[0].deltas for p in delta.logprobs]
     b = [p for delta in guessed[0].deltas for p in delta.logprobs]
     assert [p.token_id for p in a] == [p.token_id for p in b]
