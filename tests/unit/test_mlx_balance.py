@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -29,7 +30,12 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> object:
 
 
 def lanes(model: object, *, balances: bool = True) -> Lanes:
-    return Lanes(lambda _: Batch(model, rows=8, prefill_step=256, end_tokens=[]), balances=balances)
+    seconds = itertools.count()  # every step takes one, so that a seed is a schedule
+    return Lanes(
+        lambda _: Batch(model, rows=8, prefill_step=256, end_tokens=[]),
+        clock=lambda: float(next(seconds)),
+        balances=balances,
+    )
 
 
 @dataclass(eq=False)
