@@ -23,6 +23,7 @@ from forebay.mlx_service.worker.prefix_cache import PrefixCache
 from forebay.mlx_service.worker.prefix_disk import DiskTier, Post
 from forebay.mlx_service.worker.runtime import BLAS
 from forebay.mlx_service.worker.service import Served, WorkerService
+from forebay.mlx_service.worker.speculation import Speculation
 from forebay.mlx_service.worker.weights import CpuWeights, plan
 from forebay.mlx_service.worker.words import Words
 
@@ -92,6 +93,7 @@ async def rig(
     isolates_callers: bool = False,
     ceiling: int | None = None,
     disk: Callable[[Layout, Post], DiskTier] | None = None,
+    speculation: Speculation | None = None,
 ) -> AsyncIterator[Rig]:
     words = Words(path)
     await words.load()
@@ -106,6 +108,7 @@ async def rig(
         prefixes=prefixes,
         ceiling=ceiling,
         disk=disk,
+        speculation=speculation,
     )
     identity = Identity(path)
     identity.learn()

@@ -27,9 +27,11 @@ from forebay.kit.failure import printable
 from forebay.kit.process import STDIN_VARIABLE
 from forebay.kit.relay import is_cancelled_here
 from forebay.mlx_service.tool import Tail, read_lines
+from forebay.models.v1 import models_pb2_grpc
 
 if TYPE_CHECKING:
     from forebay.inference.v1.inference_pb2_grpc import InferenceServiceAsyncStub
+    from forebay.models.v1.models_pb2_grpc import ModelServiceAsyncStub
 
 logger = logging.getLogger(__name__)
 
@@ -63,6 +65,10 @@ class Worker(Protocol):
     @property
     def stub(self) -> InferenceServiceAsyncStub:
         """Where it takes calls."""
+
+    @property
+    def models(self) -> ModelServiceAsyncStub:
+        """Where its adapters are loaded and unloaded."""
 
     @property
     def exit_code(self) -> int | None:
@@ -105,6 +111,7 @@ class WorkerProcess:
         self.is_bound = False
         """Whether its socket is there. Connecting too early fails, and then gRPC waits before it retries."""
         self.stub: InferenceServiceAsyncStub = inference_pb2_grpc.InferenceServiceStub(channel)
+        self.models: ModelServiceAsyncStub = models_pb2_grpc.ModelServiceStub(channel)
         self.tail = Tail()
         self._check: grpc.aio.UnaryUnaryMultiCallable[
             health_pb2.HealthCheckRequest, health_pb2.HealthCheckResponse
@@ -184,7 +191,7 @@ class Launcher:
         environment: variables that all workers get.
         grace: seconds a worker may take to end before it is killed.
         command: program that is a worker.
-        more: returns the arguments that the worker of one model gets besides.
+        more: returns arguments that one worker gets.
     """
 
     def __init__(
@@ -195,7 +202,7 @@ class Launcher:
         environment: Mapping[str, str] | None = None,
         grace: float,
         command: Sequence[str] = (sys.executable, "-m", "forebay.mlx_service.worker"),
-        more: Callable[[str], Sequence[str]] = lambda model_id: (),
+        more: Callable[[Spec], Sequence[str]] = lambda _: (),
     ) -> None:
         self._more = more
         self._name = name
@@ -203,6 +210,7 @@ class Launcher:
         self._environment = dict(environment or {})
         self._grace = grace
         self._command = tuple(command)
+        self._more = more
         self._numbers = itertools.count(1)
         self._sockets = _private_folder()
 
@@ -256,7 +264,7 @@ class Launcher:
         argv += ["--address", f"unix:{socket}", "--name", self._name, *self._arguments]
         if spec.context_token_count is not None:
             argv += ["--context", str(spec.context_token_count)]
-        return [*argv, *self._more(spec.model_id)]
+        return [*argv, *self._more(spec)]
 
 
 def _private_folder() -> Path:

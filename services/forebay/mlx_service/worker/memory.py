@@ -19,7 +19,7 @@ from datetime import timedelta
 
 from forebay.kit.failure import MemoryExhausted
 from forebay.mlx_service.tuning import usual_reserve
-from forebay.mlx_service.worker.lanes import PADDED
+from forebay.mlx_service.worker.balance import PADDED
 from forebay.mlx_service.worker.runtime import BatchKVCache, make_prompt_cache, mx
 
 SOFT = 0.85
@@ -114,13 +114,17 @@ class Ledger:
         """Bytes of the model."""
         self.cost = KvCost()
         """What rows take."""
+        self.cost_alone = KvCost()
+        """What a row that runs alone takes in addition, such as a draft model's caches."""
         self._rows = rows
         self._reserved: dict[Hashable, int] = {}
+        self._alone: dict[Hashable, int] = {}
 
     @property
     def reserved(self) -> int:
         """Bytes that those rows can come to hold that can run at once."""
-        return sum(heapq.nlargest(self._rows, self._reserved.values()))
+        together = heapq.nlargest(self._rows, self._reserved.values())
+        return sum(together) + max(self._alone.values(), default=0)
 
     @property
     def room_for_prefixes(self) -> int | None:
@@ -143,6 +147,7 @@ class Ledger:
         """
         need = self.cost.of(tokens)
         self._reserved[holder] = need
+        self._alone[holder] = self.cost_alone.of(tokens)
         if self.ceiling is None:
             return
         wanted = max(self.weights + self.reserved, in_use + need)
@@ -165,9 +170,25 @@ class Ledger:
             retry_after=retry_after if ever else None,
         )
 
+    def hold(self, size: int) -> None:
+        """Takes memory for weights that come in addition, such as an adapter's.
+
+        Raises:
+            MemoryExhausted: there is not so much left.
+        """
+        if self.ceiling is not None and self.weights + self.reserved + size > self.ceiling:
+            raise MemoryExhausted(
+                f"an adapter of {_mib(size)} has no room beside the model's {_mib(self.weights)} and "
+                f"requests of up to {_mib(self.reserved)}: the limit is {_mib(self.ceiling)}. Unload another "
+                "one, or try again when requests have ended",
+                metadata={"need_bytes": str(size), "ceiling_bytes": str(self.ceiling)},
+            )
+        self.weights += size
+
     def release(self, holder: Hashable) -> None:
         """Gives back what a row reserved."""
         self._reserved.pop(holder, None)
+        self._alone.pop(holder, None)
 
 
 def _mib(size: int) -> str:
