@@ -26,6 +26,7 @@ from forebay.kit.failure import (
 from forebay.kit.pipeline import Call
 from forebay.mlx_service.models.adapter import describe_adapter
 from forebay.mlx_service.models.describe import NotAModelError, describe
+from forebay.mlx_service.models.identity import Identity
 from forebay.mlx_service.worker.adapters import AdapterModels, Adapters, needs_plain_layers
 from forebay.mlx_service.worker.engine import Engine
 from forebay.mlx_service.worker.grammar import Grammars
@@ -67,10 +68,13 @@ async def serving(
         ceiling=ceiling,
         speculation=Speculation(),
     )
+    identity = Identity(base)
+    identity.learn()
     served = Served(
         model_id=MODEL,
         backend="mlx",
         facts=describe(base),
+        identity=identity,
         context_token_count=512,
         default_max_tokens=64,
         rows=6,

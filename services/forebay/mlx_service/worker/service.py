@@ -221,7 +221,8 @@ class WorkerService:
     def _weights(self, adapter: AdapterFacts | None) -> pb.WeightIdentity:
         weights = self._served.weights
         if adapter is not None:
-            weights.digest = adapter.weights_digest(weights.digest)
+            # Empty is unknown yet, and must not become a digest that all unknown weights would share.
+            weights.digest = adapter.weights_digest(weights.digest) if weights.digest else ""
         return weights
 
     def _capabilities(self) -> list[pb.CapabilityReport]:
