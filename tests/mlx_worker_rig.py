@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,13 +13,17 @@ import psutil
 from forebay.inference.v1 import inference_pb2 as pb
 from forebay.kit.pipeline import Call, Event
 from forebay.mlx_service.models.describe import describe
+from forebay.mlx_service.models.identity import Identity
+from forebay.mlx_service.worker.cache_layout import Layout
 from forebay.mlx_service.worker.engine import Engine
 from forebay.mlx_service.worker.grammar import Grammars
 from forebay.mlx_service.worker.load import load_weights
 from forebay.mlx_service.worker.memory import default_ceiling
 from forebay.mlx_service.worker.prefix_cache import PrefixCache
+from forebay.mlx_service.worker.prefix_disk import DiskTier, Post
 from forebay.mlx_service.worker.runtime import BLAS
 from forebay.mlx_service.worker.service import Served, WorkerService
+from forebay.mlx_service.worker.speculation import Speculation
 from forebay.mlx_service.worker.weights import CpuWeights, plan
 from forebay.mlx_service.worker.words import Words
 
@@ -88,6 +92,8 @@ async def rig(
     prefixes: PrefixCache | None = None,
     isolates_callers: bool = False,
     ceiling: int | None = None,
+    disk: Callable[[Layout, Post], DiskTier] | None = None,
+    speculation: Speculation | None = None,
 ) -> AsyncIterator[Rig]:
     words = Words(path)
     await words.load()
@@ -101,11 +107,16 @@ async def rig(
         prefill_step=prefill_step,
         prefixes=prefixes,
         ceiling=ceiling,
+        disk=disk,
+        speculation=speculation,
     )
+    identity = Identity(path)
+    identity.learn()
     served = Served(
         model_id=MODEL,
         backend="mlx",
         facts=facts,
+        identity=identity,
         context_token_count=context,
         default_max_tokens=default_max_tokens,
         rows=rows,

@@ -53,6 +53,7 @@ _PROVIDER = "gen_ai.provider.name"
 _ERROR = "error.type"
 _KIND = "gen_ai.token.type"
 _BACKEND = "forebay.backend"
+_HOST = "forebay.host"
 _METHOD = "rpc.method"
 _STATUS = "rpc.response.status_code"
 
@@ -223,6 +224,26 @@ WAITING = Metric(
     name="forebay.admission.waiting", kind="gauge", unit="1",
     meaning="Calls that wait in the orchestrator's own queue, before any backend was chosen.",
 )  # fmt: skip
+HOST_LIMIT = Metric(
+    name="forebay.host.memory.limit", kind="gauge", unit="By", labels=(_HOST,),
+    meaning="Memory that models of all backends may take on a host. 0 is no limit.",
+)  # fmt: skip
+HOST_USED = Metric(
+    name="forebay.host.memory.used", kind="gauge", unit="By", labels=(_HOST,),
+    meaning="Memory that models take on a host, by the orchestrator's account.",
+)  # fmt: skip
+HOST_RESERVED = Metric(
+    name="forebay.host.memory.reserved", kind="gauge", unit="By", labels=(_HOST,),
+    meaning="Memory that is set aside for loads in progress.",
+)  # fmt: skip
+HOST_LOADS = Metric(
+    name="forebay.host.loads", kind="gauge", unit="1", labels=(_HOST, "forebay.state"),
+    meaning="Loads that the orchestrator ordered on a host: `active`, or `waiting` for room.",
+)  # fmt: skip
+EVICTIONS = Metric(
+    name="forebay.evictions", kind="counter", unit="1", labels=(_BACKEND,),
+    meaning="Idle models that the orchestrator unloaded to make room for another.",
+)  # fmt: skip
 RESTARTS = Metric(
     name="forebay.worker.restarts", kind="counter", unit="1", labels=(_MODEL,),
     meaning="Workers of mlx-service that were lost and had to be started again.",
@@ -234,9 +255,19 @@ ROWS = Metric(
     name="forebay.worker.rows", kind="gauge", unit="1", labels=(_MODEL, "forebay.state"),
     meaning="Replies that a worker writes (`live`) and keeps waiting (`waiting`). Pushed over OTLP only.",
 )  # fmt: skip
+PREFIXES = Metric(
+    name="forebay.worker.prefixes", kind="gauge", unit="By", labels=(_MODEL, "forebay.tier"),
+    meaning="What a worker keeps of prompts for those that begin the same, in `memory` and on `disk`. "
+    "Pushed over OTLP only.",
+)  # fmt: skip
 MEMORY = Metric(
     name="forebay.worker.memory", kind="gauge", unit="By", labels=(_MODEL,),
     meaning="Memory that MLX holds in a worker: weights, caches and temporaries. Pushed over OTLP only.",
+)  # fmt: skip
+DRAFTS = Metric(
+    name="forebay.worker.drafts", kind="gauge", unit="{token}", labels=(_MODEL, "forebay.state"),
+    meaning="Tokens that a worker guessed ahead since it started (`drafted`), and those that were right "
+    "(`accepted`). Pushed over OTLP only.",
 )  # fmt: skip
 
 CATALOG = tuple(each for each in list(globals().values()) if isinstance(each, Metric))

@@ -27,9 +27,11 @@ from forebay.kit.failure import printable
 from forebay.kit.process import STDIN_VARIABLE
 from forebay.kit.relay import is_cancelled_here
 from forebay.mlx_service.tool import Tail, read_lines
+from forebay.models.v1 import models_pb2_grpc
 
 if TYPE_CHECKING:
     from forebay.inference.v1.inference_pb2_grpc import InferenceServiceAsyncStub
+    from forebay.models.v1.models_pb2_grpc import ModelServiceAsyncStub
 
 logger = logging.getLogger(__name__)
 
@@ -65,8 +67,16 @@ class Worker(Protocol):
         """Where it takes calls."""
 
     @property
+    def models(self) -> ModelServiceAsyncStub:
+        """Where its adapters are loaded and unloaded."""
+
+    @property
     def exit_code(self) -> int | None:
         """How it ended; negative is the signal. None while it runs."""
+
+    @property
+    def channel(self) -> grpc.aio.Channel:
+        """Leads to it."""
 
     def tail(self) -> tuple[str, ...]:
         """Returns what it said last on stderr."""
@@ -101,12 +111,13 @@ class WorkerProcess:
         self.is_bound = False
         """Whether its socket is there. Connecting too early fails, and then gRPC waits before it retries."""
         self.stub: InferenceServiceAsyncStub = inference_pb2_grpc.InferenceServiceStub(channel)
+        self.models: ModelServiceAsyncStub = models_pb2_grpc.ModelServiceStub(channel)
         self.tail = Tail()
         self._check: grpc.aio.UnaryUnaryMultiCallable[
             health_pb2.HealthCheckRequest, health_pb2.HealthCheckResponse
         ] = health_pb2_grpc.HealthStub(channel).Check  # type: ignore[attr-defined]  # stubs know no health stub
         self._process = process
-        self._channel = channel
+        self.channel = channel
         self._on_exit = on_exit
 
     def __repr__(self) -> str:
@@ -145,7 +156,7 @@ class WorkerProcess:
 
     async def stop(self, grace: float) -> None:
         """Asks it to end, kills it if it does not within so many seconds, and returns when it is gone."""
-        await self._channel.close()
+        await self.channel.close()
         self._signal(signal.SIGTERM)
         try:
             async with asyncio.timeout(grace):
@@ -158,7 +169,7 @@ class WorkerProcess:
     async def watch(self) -> None:
         """Waits for its end. Whatever is still asked of it then fails at once."""
         await self._process.wait()
-        await self._channel.close()
+        await self.channel.close()
         self._on_exit()
 
     def kill(self) -> None:
@@ -180,6 +191,7 @@ class Launcher:
         environment: variables that all workers get.
         grace: seconds a worker may take to end before it is killed.
         command: program that is a worker.
+        more: returns arguments that one worker gets.
     """
 
     def __init__(
@@ -190,12 +202,15 @@ class Launcher:
         environment: Mapping[str, str] | None = None,
         grace: float,
         command: Sequence[str] = (sys.executable, "-m", "forebay.mlx_service.worker"),
+        more: Callable[[Spec], Sequence[str]] = lambda _: (),
     ) -> None:
+        self._more = more
         self._name = name
         self._arguments = tuple(arguments)
         self._environment = dict(environment or {})
         self._grace = grace
         self._command = tuple(command)
+        self._more = more
         self._numbers = itertools.count(1)
         self._sockets = _private_folder()
 
@@ -249,7 +264,7 @@ class Launcher:
         argv += ["--address", f"unix:{socket}", "--name", self._name, *self._arguments]
         if spec.context_token_count is not None:
             argv += ["--context", str(spec.context_token_count)]
-        return argv
+        return [*argv, *self._more(spec)]
 
 
 def _private_folder() -> Path:

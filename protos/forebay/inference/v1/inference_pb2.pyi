@@ -851,6 +851,8 @@ class Usage(google.protobuf.message.Message):
     CACHED_TOKEN_COUNT_FIELD_NUMBER: builtins.int
     OUTPUT_TOKEN_COUNT_FIELD_NUMBER: builtins.int
     REASONING_TOKEN_COUNT_FIELD_NUMBER: builtins.int
+    DRAFTED_TOKEN_COUNT_FIELD_NUMBER: builtins.int
+    ACCEPTED_TOKEN_COUNT_FIELD_NUMBER: builtins.int
     prompt_token_count: builtins.int
     """Tokens in the prompt, those found in a cache included."""
     cached_token_count: builtins.int
@@ -859,6 +861,12 @@ class Usage(google.protobuf.message.Message):
     """Tokens generated, those of the reasoning included."""
     reasoning_token_count: builtins.int
     """Tokens generated as reasoning, when known."""
+    drafted_token_count: builtins.int
+    """Tokens that were guessed ahead, by a draft model or from what was there
+    before. Guesses cost time and change no reply.
+    """
+    accepted_token_count: builtins.int
+    """Tokens generated that had been guessed."""
     def __init__(
         self,
         *,
@@ -866,8 +874,10 @@ class Usage(google.protobuf.message.Message):
         cached_token_count: builtins.int = ...,
         output_token_count: builtins.int = ...,
         reasoning_token_count: builtins.int = ...,
+        drafted_token_count: builtins.int = ...,
+        accepted_token_count: builtins.int = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["cached_token_count", b"cached_token_count", "output_token_count", b"output_token_count", "prompt_token_count", b"prompt_token_count", "reasoning_token_count", b"reasoning_token_count"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["accepted_token_count", b"accepted_token_count", "cached_token_count", b"cached_token_count", "drafted_token_count", b"drafted_token_count", "output_token_count", b"output_token_count", "prompt_token_count", b"prompt_token_count", "reasoning_token_count", b"reasoning_token_count"]) -> None: ...
 
 Global___Usage: typing_extensions.TypeAlias = Usage
 
@@ -1961,3 +1971,51 @@ class WeightIdentity(google.protobuf.message.Message):
     def ClearField(self, field_name: typing.Literal["digest", b"digest", "family", b"family", "format", b"format", "parameter_count", b"parameter_count", "quantization", b"quantization", "size_label", b"size_label"]) -> None: ...
 
 Global___WeightIdentity: typing_extensions.TypeAlias = WeightIdentity
+
+@typing.final
+class FailedAttempts(google.protobuf.message.Message):
+    """The attempts of a request that failed, in the order in which they were made.
+    A detail of the `google.rpc.Status` that a call ends with.
+    """
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    ATTEMPTS_FIELD_NUMBER: builtins.int
+    @property
+    def attempts(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[Global___FailedAttempt]:
+        """The first six, if there are more."""
+
+    def __init__(
+        self,
+        *,
+        attempts: collections.abc.Iterable[Global___FailedAttempt] | None = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["attempts", b"attempts"]) -> None: ...
+
+Global___FailedAttempts: typing_extensions.TypeAlias = FailedAttempts
+
+@typing.final
+class FailedAttempt(google.protobuf.message.Message):
+    """One attempt of a request on one backend."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    BACKEND_FIELD_NUMBER: builtins.int
+    REASON_FIELD_NUMBER: builtins.int
+    MODEL_FIELD_NUMBER: builtins.int
+    backend: builtins.str
+    """The backend's name."""
+    reason: builtins.str
+    """Reason of its failure, such as `BACKEND_UNAVAILABLE`."""
+    model: builtins.str
+    """Model that was asked for."""
+    def __init__(
+        self,
+        *,
+        backend: builtins.str = ...,
+        reason: builtins.str = ...,
+        model: builtins.str = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["backend", b"backend", "model", b"model", "reason", b"reason"]) -> None: ...
+
+Global___FailedAttempt: typing_extensions.TypeAlias = FailedAttempt

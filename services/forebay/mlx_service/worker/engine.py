@@ -25,6 +25,7 @@ from __future__ import annotations
 import asyncio
 import gc
 import heapq
+import itertools
 import logging
 import os
 import queue
@@ -35,20 +36,27 @@ from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
 from functools import partial
-from typing import Protocol, TypeAlias
+from typing import Protocol, TypeAlias, TypeVar, cast
 
 from forebay.kit.failure import BackendError, DeadlineExceeded, Draining, Failure, QueueFull
-from forebay.mlx_service.worker.batch import Batch, Generated, Kept, Prefilled, top_tokens
+from forebay.mlx_service.worker.batch import Batch, Generated, Kept, Prefilled, can_move, top_tokens
+from forebay.mlx_service.worker.cache_layout import Layout
 from forebay.mlx_service.worker.lanes import Lanes
 from forebay.mlx_service.worker.memory import KvCost, Ledger, probe
-from forebay.mlx_service.worker.prefix_cache import PrefixCache, PrefixStats, why_not
+from forebay.mlx_service.worker.prefix_cache import MOST_MARKS, Mark, PrefixCache, PrefixStats, why_not
+from forebay.mlx_service.worker.prefix_disk import DiskStats, DiskTier, Post
+from forebay.mlx_service.worker.restoring import Restoring
 from forebay.mlx_service.worker.runtime import leave_thread, mx
 from forebay.mlx_service.worker.sampling import Array, Processor, SamplingParams, processors, sampler
+from forebay.mlx_service.worker.speculation import Speculation, SpeculationStats
 
 log = logging.getLogger(__name__)
 
-PREFILL_STEPS = (16, 32, 64, 128, 256, 512)
-"""Tokens of a prompt that may be read in one step. More than 512 hardly makes reading faster."""
+PREFILL_STEPS = (16, 32, 64, 128, 256, 512, 1024, 2048, 4096)
+"""Tokens of a prompt that may be read in one step."""
+
+PREFILL_MOST = 512
+"""How many of them are tried where nobody knows the machine. More makes only large GPUs faster."""
 
 PREFILL_SECONDS = 0.5
 """How long one such step may take. A cancelled row holds its place for it, and a new one waits for it.
@@ -61,16 +69,28 @@ ROW_RETRIES = 2
 """Times a row is read again after steps that failed. A fault that comes back is no accident."""
 
 FREED_BYTES = 2 << 30
-"""Freed memory that mlx may hold for the next step. Unbound, it grows to what the machine has."""
+"""Freed memory that mlx may hold for the next step, where nothing is said. Unbound, it takes all there is."""
 
 MEASURE_STEPS = 16
 """Steps between two looks at how much memory is in use."""
 
+FLUSH_SECONDS = 2.0
+"""How long an orderly end may take to write prefixes to disk. Whoever ends a worker gives it five."""
+
 IDLE_SECONDS = 1.0
 """Idle time after which freed buffers go back to the system. Shorter would thrash between two requests."""
 
+T = TypeVar("T")
+
 Loader: TypeAlias = Callable[[], tuple[object, Collection[int]]]
 """Loads a model on the engine's thread. Returns it and the tokens that end a reply."""
+
+
+class NewBatch(Protocol):
+    """Makes an empty batch. See `Batch`."""
+
+    def __call__(self, model: object, /, *, rows: int, prefill_step: int, end_tokens: Sequence[int]) -> Batch:
+        """Returns the batch."""
 
 
 class Constraint(Protocol):
@@ -107,6 +127,10 @@ class Row:
     """Rows share what was read of their prompts only with rows of the same key."""
     pin: bool = False
     """Whether what was read of the prompt stays, whatever else comes."""
+    beginnings: tuple[Mark, ...] = ()
+    """Numbers by which beginnings of the prompt are known, and their tokens."""
+    view: str = ""
+    """Which view of the model writes it: an adapter's, or "" for the model itself."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,6 +158,10 @@ class Written:
     at: float
     logprob: float | None = None
     top: tuple[tuple[int, float], ...] = ()
+    drafted: int = 0
+    """Tokens guessed in the step that begins with this one."""
+    accepted: bool = False
+    """Whether it was guessed, and right."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -177,6 +205,12 @@ class EngineStats:
     """Bytes of the rows' attention caches, at the last look."""
     prefix: PrefixStats = field(default_factory=PrefixStats)
     """The prefix cache."""
+    disk: DiskStats = field(default_factory=DiskStats)
+    """Its second tier."""
+    moves: int = 0
+    """Times that a row changed its lane."""
+    speculation: SpeculationStats = field(default_factory=SpeculationStats)
+    """Tokens guessed."""
 
 
 class Ticket:
@@ -224,6 +258,7 @@ class _Live:
     since: float = 0.0
     cached: int = 0
     skipped: int = 0
+    stops: frozenset[int] = frozenset()
 
     @property
     def row(self) -> Row:
@@ -247,9 +282,9 @@ class _Guard:
         return logits
 
 
-def _step_within(seconds: float, took: float) -> int:
+def _step_within(seconds: float, took: float, most: int) -> int:
     """The most tokens that can be read in a time, if the fewest took that long."""
-    fits = [step for step in PREFILL_STEPS if took * step / PREFILL_STEPS[0] <= seconds]
+    fits = [step for step in PREFILL_STEPS if step <= most and took * step / PREFILL_STEPS[0] <= seconds]
     return max(fits, default=PREFILL_STEPS[0])
 
 
@@ -263,6 +298,12 @@ class Engine:
         prefill_step: tokens of a prompt read in one step. None measures what the device can do.
         prefixes: keeps what was read, for prompts that begin the same. None keeps nothing.
         ceiling: bytes that weights and rows may take together. None sets no bound.
+        prefill_most: most tokens of a prompt read in one step, however fast the device is.
+        freed_bytes: freed memory that mlx may hold for the next step.
+        wired_bytes: memory that macOS may not page out. 0 wires none.
+        new_batch: makes an empty batch of rows.
+        disk: makes what keeps prefixes on disk, on the engine's thread. None keeps none.
+        speculation: lets a row that runs alone write several tokens a step. None never does.
     """
 
     def __init__(
@@ -274,13 +315,27 @@ class Engine:
         prefill_step: int | None = None,
         prefixes: PrefixCache | None = None,
         ceiling: int | None = None,
+        prefill_most: int = PREFILL_MOST,
+        freed_bytes: int = FREED_BYTES,
+        wired_bytes: int = 0,
+        new_batch: NewBatch = Batch,
+        disk: Callable[[Layout, Post], DiskTier] | None = None,
+        speculation: Speculation | None = None,
     ) -> None:
+        self._make_batch = new_batch
         self._load = load
+        self._prefill_most = prefill_most
+        self._freed_bytes = freed_bytes
+        self._wired_bytes = wired_bytes
         self._rows = rows
         self._queue_rows = queue_rows
         self._prefill_step = prefill_step
         self._shared_step = prefill_step
         self._prefixes = prefixes
+        self._new_disk = disk
+        self._disk: DiskTier | None = None
+        self._restoring: Restoring[_Live] | None = None
+        self._speculation = speculation
         self._commands: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._run, name="mlx-engine", daemon=True)
         self._loop: asyncio.AbstractEventLoop
@@ -293,10 +348,11 @@ class Engine:
         """Tokens that the model knows; 0 until it is loaded. It may be more than its tokenizer knows."""
         self._row_seconds = 1.0
         self._ledger = Ledger(ceiling, rows=rows)
+        self._view_bytes: dict[str, int] = {}
         self._prefix_room: int | None = None
         # On the engine's thread:
         self._lanes: Lanes
-        self._model: object
+        self._views: dict[str, object] = {}
         self._end_tokens: frozenset[int]
         self._live: dict[int, _Live] = {}
         self._again: deque[_Live] = deque()
@@ -310,6 +366,7 @@ class Engine:
         self._memory_bytes = 0
         self._cache_bytes = 0
         self._widths: tuple[int, ...] = ()
+        self._moves = 0
 
     # On the event loop
 
@@ -361,7 +418,7 @@ class Engine:
         age = time.monotonic() - self._stepped_at if live else 0.0
         return EngineStats(
             live=live,
-            waiting=len(self._queue) + len(self._again),
+            waiting=len(self._queue) + len(self._again) + len(self._restored),
             steps=self._steps,
             last_step_age=max(0.0, age),
             memory_bytes=self._memory_bytes,
@@ -373,7 +430,67 @@ class Engine:
             ceiling_bytes=self._ledger.ceiling or 0,
             cache_bytes=self._cache_bytes,
             prefix=PrefixStats() if self._prefixes is None else self._prefixes.stats,
+            disk=DiskStats() if self._disk is None else self._disk.stats,
+            moves=self._moves,
+            speculation=SpeculationStats() if self._speculation is None else self._speculation.stats,
         )
+
+    async def run(self, call: Callable[[], T]) -> T:
+        """Runs a call on the engine's thread, between two steps.
+
+        Raises:
+            Draining: the engine has ended.
+            Exception: whatever the call raised.
+        """
+        answer: asyncio.Future[T] = self._loop.create_future()
+        self._commands.put(partial(self._answer, call, answer))
+        await asyncio.wait((answer, self._ended), return_when=asyncio.FIRST_COMPLETED)
+        if not answer.done():
+            raise Draining("this model's worker is stopping")
+        return answer.result()
+
+    async def open_view(self, name: str, make: Callable[[object], object], *, size: int) -> None:
+        """Adds a view of the model, which rows can then name.
+
+        Args:
+            name: its name.
+            make: makes it of the model, on the engine's thread.
+            size: bytes that it takes in addition.
+
+        Raises:
+            MemoryExhausted: there is no room for it.
+            Exception: whatever `make` raised.
+        """
+        self._ledger.hold(size)
+        try:
+            await self.run(partial(self._open_view, name, make))
+        except BaseException:
+            self._commands.put(partial(self._close_view, name))  # it may be there all the same
+            self._ledger.weights -= size
+            raise
+        self._view_bytes[name] = size
+
+    async def close_view(self, name: str) -> None:
+        """Drops a view that no row names any more."""
+        self._ledger.weights -= self._view_bytes.pop(name)
+        await self.run(partial(self._close_view, name))
+
+    def end_view(self, name: str) -> None:
+        """Ends all rows of a view."""
+        self._commands.put(partial(self._end_view, name))
+
+    @property
+    def keeps_prefixes(self) -> bool:
+        """Whether what was read of prompts is kept."""
+        return self._prefixes is not None
+
+    @property
+    def marks(self) -> tuple[int, ...]:
+        """Numbers of beginnings that are kept, newest first. See `Row.beginnings`."""
+        held = () if self._prefixes is None else self._prefixes.marks
+        if self._disk is None:
+            return held
+        return tuple(itertools.islice(dict.fromkeys((*held, *self._disk.marks)), MOST_MARKS))
 
     @property
     def has_ended(self) -> bool:
@@ -403,8 +520,8 @@ class Engine:
         self._ledger.release(ticket)
         self._prefix_room = self._ledger.room_for_prefixes
 
-    def _weigh(self, weights: int, cost: KvCost) -> None:
-        self._ledger.weights, self._ledger.cost = weights, cost
+    def _weigh(self, weights: int, cost: KvCost, cost_alone: KvCost) -> None:
+        self._ledger.weights, self._ledger.cost, self._ledger.cost_alone = weights, cost, cost_alone
         self._prefix_room = self._ledger.room_for_prefixes
 
     def _deliver(self, news: list[tuple[Ticket, Happening]]) -> None:
@@ -454,32 +571,52 @@ class Engine:
         mx.random.seed(int.from_bytes(os.urandom(7), "little"))
         if self._ledger.ceiling is not None:
             mx.set_memory_limit(self._ledger.ceiling)
-        mx.set_cache_limit(FREED_BYTES)
+        mx.set_cache_limit(self._freed_bytes)
+        if self._wired_bytes and mx.metal.is_available():
+            mx.set_wired_limit(self._wired_bytes)
         before = int(mx.get_active_memory())
-        self._model, end_tokens = self._load()
-        self._post(self._weigh, int(mx.get_active_memory()) - before, probe(self._model))
+        model, end_tokens = self._load()
+        self._views[""] = model
+        cost_alone = KvCost() if self._speculation is None else self._speculation.load(model)
+        self._post(self._weigh, int(mx.get_active_memory()) - before, probe(model), cost_alone)
         self._end_tokens = frozenset(end_tokens)
-        if self._prefixes is not None and (reason := why_not(self._model)) is not None:
+        if self._prefixes is not None and (reason := why_not(model)) is not None:
             log.info("no prefixes are kept of this model: %s", reason)
             self._prefixes = None
+        if self._prefixes is not None:
+            layout = self._prefixes.learn(model)
+            if self._new_disk is not None:
+                self._disk = self._new_disk(layout, self._commands.put)
+                self._prefixes.spill = self._disk.write
+                self._restoring = Restoring(self._prefixes, self._disk, ready=self._again_later)
         self._lanes = self._new_lanes()
         self._warm_up(2)
         took = self._warm_up(PREFILL_STEPS[0] + 1)
         if self._prefill_step is None:
             # Measured once: with steps that change all the time, low bits would differ from run to run.
-            self._prefill_step = _step_within(PREFILL_SECONDS, took)
-            self._shared_step = _step_within(SHARED_SECONDS, took)
+            self._prefill_step = _step_within(PREFILL_SECONDS, took, self._prefill_most)
+            self._shared_step = _step_within(SHARED_SECONDS, took, self._prefill_most)
             self._lanes.close()
             self._lanes = self._new_lanes()
+        if self._speculation is not None:
+            self._speculation.start(vocabulary=self.vocabulary_size, chunk=self._prefill_step)
         mx.clear_cache()
         self._measure()
 
     def _new_lanes(self) -> Lanes:
-        return Lanes(self._new_batch, shared_step=self._shared_step)
+        return Lanes(
+            self._new_batch,
+            shared_step=self._shared_step,
+            # The other ranks of a model that is shared would not hear of a move.
+            balances=self._make_batch is Batch and can_move(self._views[""]),
+            speculation=self._speculation,
+            model_of=self._views.__getitem__,
+            end_tokens=self._end_tokens,
+        )
 
-    def _new_batch(self) -> Batch:
-        return Batch(
-            self._model,
+    def _new_batch(self, view: str) -> Batch:
+        return self._make_batch(
+            self._views[view],
             rows=self._rows,
             prefill_step=self._prefill_step or PREFILL_STEPS[0],
             end_tokens=sorted(self._end_tokens),
@@ -506,16 +643,20 @@ class Engine:
     def _measure(self) -> None:
         self._memory_bytes = int(mx.get_active_memory())
         self._widths = tuple(self._lanes.widths)
+        self._moves = self._lanes.moves
         self._cache_bytes = self._lanes.cache_bytes
 
     def _drain(self) -> None:
         """Runs the commands that came. With nothing to generate it sleeps until one does."""
-        if not (self._live or self._queue or self._again):
+        restoring = self._restored
+        if not (self._live or self._again or (self._queue and len(restoring) < self._rows)):
             try:
                 command = self._commands.get(timeout=IDLE_SECONDS)
             except queue.Empty:
                 mx.clear_cache()
                 self._measure()
+                if restoring:
+                    return
                 command = self._commands.get()
             self._stepped_at = time.monotonic()
             command()
@@ -537,9 +678,46 @@ class Engine:
             if live.ticket is ticket:
                 self._drop(uid)
                 return
+        if self._restoring is not None:
+            for live in [live for live in self._restored if live.ticket is ticket]:
+                self._restoring.drop(live)
         self._queue = [entry for entry in self._queue if entry[2] is not ticket]
         heapq.heapify(self._queue)
         self._again = deque(live for live in self._again if live.ticket is not ticket)
+
+    def _answer(self, call: Callable[[], T], answer: asyncio.Future[T]) -> None:
+        def tell(result: T | None, error: Exception | None) -> None:
+            if answer.done():
+                return  # who asked has left
+            if error is not None:
+                answer.set_exception(error)
+            else:
+                answer.set_result(cast("T", result))
+
+        try:
+            result = call()
+        except Exception as error:  # noqa: BLE001  # told to who asked
+            self._post(tell, None, error)
+        else:
+            self._post(tell, result, None)
+
+    def _open_view(self, name: str, make: Callable[[object], object]) -> None:
+        self._views[name] = make(self._views[""])
+        self._measure()
+
+    def _close_view(self, name: str) -> None:
+        if self._views.pop(name, None) is not None:
+            self._lanes.close_view(name)
+            gc.collect()
+            mx.clear_cache()
+            self._measure()
+
+    def _end_view(self, name: str) -> None:
+        tickets = [live.ticket for live in (*self._live.values(), *self._again)]
+        for ticket in [*tickets, *(entry[2] for entry in self._queue)]:
+            if ticket.row.view == name:
+                self._remove(ticket)
+                self._tell(ticket, Over("failed", Draining(f"adapter {name} is taken out of memory")))
 
     def _drop(self, uid: int) -> None:
         live = self._live.pop(uid)
@@ -556,7 +734,12 @@ class Engine:
         pin = len(live.row.tokens) - live.row.reply_count if live.row.pin else 0
         try:
             self._prefixes.limit(self._prefix_room)
-            self._prefixes.store(live.row.cache_key, kept.tokens, kept.caches, pin=pin)
+            self._prefixes.store(
+                live.row.cache_key, kept.tokens, kept.caches, pin=pin, marks=live.row.beginnings
+            )
+            if self._disk is not None and (pin or self._disk.writes_finished):
+                for stretch in self._prefixes.stretches(live.row.cache_key, kept.tokens):
+                    self._disk.write(stretch)
         except Exception as error:  # a cache that fails costs time and no reply
             log.error("the prefix cache failed and is emptied: %s", type(error).__name__, exc_info=error)
             self._prefixes.clear()
@@ -571,7 +754,11 @@ class Engine:
             return ticket.row.deadline is not None and now >= ticket.row.deadline
 
         late = [ticket for _, _, ticket in self._queue if is_late(ticket)]
-        late += [live.ticket for live in (*self._live.values(), *self._again) if is_late(live.ticket)]
+        late += [
+            live.ticket
+            for live in (*self._live.values(), *self._again, *self._restored)
+            if is_late(live.ticket)
+        ]
         for ticket in late:
             self._remove(ticket)
             self._tell(
@@ -586,12 +773,26 @@ class Engine:
                 self._insert(self._again.popleft())
             return
         admitted = False
-        while self._queue and len(self._live) < self._rows and not suspected:
-            self._insert(_Live(heapq.heappop(self._queue)[2]))
+        if self._restoring is not None:
+            self._restoring.give_up()
+        while self._queue and len(self._live) + len(self._restored) < self._rows and not suspected:
+            live = _Live(heapq.heappop(self._queue)[2])
+            row = live.row
+            if self._restoring is None or not self._restoring.begin(live, row.cache_key, row.tokens):
+                self._insert(live)
             admitted = True
         if admitted or self._queue:
             for position, (_, _, ticket) in enumerate(sorted(self._queue, key=lambda entry: entry[:2])):
                 self._tell(ticket, Waiting(position))
+
+    def _again_later(self, live: _Live) -> None:
+        """Lets a row whose prefix is there in with the next that are admitted."""
+        self._again.append(live)
+
+    @property
+    def _restored(self) -> list[_Live]:
+        """Rows that wait for their prefixes."""
+        return [] if self._restoring is None else self._restoring.rows
 
     def _insert(self, live: _Live) -> None:
         row = live.row
@@ -605,13 +806,18 @@ class Engine:
             caches, live.skipped = None, 0
             if self._prefixes is not None and not live.faults:
                 caches, live.skipped = self._prefixes.find(row.cache_key, tokens)
+            if self._prefixes is not None:
+                live.stops = frozenset(self._prefixes.stops(tokens, live.skipped, row.beginnings))
             uid = self._lanes.insert(
                 tokens,
                 caches=caches,
                 cached=live.skipped,
+                stops=sorted(live.stops),
                 most=row.most - len(live.written),
                 sampler=sampler(row.sampling, position=row.reply_count + len(live.written)),
                 processors=[live.guard] if live.guard else [],
+                view=row.view,
+                speculates=row.constraint is None,  # a format follows tokens and cannot go back
             )
         except Exception as error:  # noqa: BLE001  # told to the row's caller; the others go on
             self._fail(live.ticket, error)
@@ -643,8 +849,12 @@ class Engine:
 
     def _on_read(self, progress: Prefilled) -> None:
         live = self._live.get(progress.uid)
-        if live is not None and not live.written:
-            done, total = progress.done + live.skipped, progress.total + live.skipped
+        if live is None:
+            return
+        done, total = progress.done + live.skipped, progress.total + live.skipped
+        if progress.stopped and done in live.stops:
+            self._keep(live, self._lanes.peek(progress.uid))
+        if not live.written:
             self._tell(live.ticket, Reading(done, total, live.since, live.cached))
 
     def _on_written(self, generated: Generated, now: float) -> None:
@@ -659,7 +869,10 @@ class Engine:
             if live.row.top_logprobs is not None:
                 logprob = float(generated.logprobs[generated.token].item())
                 top = tuple(top_tokens(generated.logprobs, live.row.top_logprobs))
-            self._tell(live.ticket, Written(generated.token, now, logprob, top))
+            self._tell(
+                live.ticket,
+                Written(generated.token, now, logprob, top, generated.drafted, generated.accepted),
+            )
         if generated.ended is not None:
             del self._live[generated.uid]
             self._tell(live.ticket, Over(generated.ended))
@@ -711,7 +924,7 @@ class Engine:
 
     def _end(self, error: BaseException | None) -> None:
         """Ends what is left and drops every array on this thread, as mlx wants."""
-        for ticket in [live.ticket for live in (*self._live.values(), *self._again)] + [
+        for ticket in [live.ticket for live in (*self._live.values(), *self._again, *self._restored)] + [
             entry[2] for entry in self._queue
         ]:
             failure: Failure = Draining("this model's worker is stopping")
@@ -722,12 +935,17 @@ class Engine:
         self._again.clear()
         self._queue.clear()
         self._flush()
+        if self._disk is not None and self._prefixes is not None:
+            for stretch in self._prefixes.stretches() if error is None else []:
+                self._disk.write(stretch, patiently=True)
+            self._disk.close(FLUSH_SECONDS)
         if self._prefixes is not None:
             self._prefixes.clear()
         if hasattr(self, "_lanes"):
             self._lanes.close()
-        if hasattr(self, "_model"):
-            del self._model
+        if self._speculation is not None:
+            self._speculation.close()
+        self._views.clear()
         self._post(self._finish, self._loaded, error)
         gc.collect()
         mx.clear_cache()

@@ -18,32 +18,26 @@ from dataclasses import dataclass
 from datetime import timedelta
 
 from forebay.kit.failure import MemoryExhausted
-from forebay.mlx_service.worker.lanes import PADDED
+from forebay.mlx_service.tuning import usual_reserve
+from forebay.mlx_service.worker.balance import PADDED
 from forebay.mlx_service.worker.runtime import BatchKVCache, make_prompt_cache, mx
 
 SOFT = 0.85
 """Share of the ceiling above which the prefix cache makes room for rows."""
 
-_GIB = 1 << 30
-
-RESERVED_SHARE = 0.35
-"""Share of a machine's memory that is left to everything else, within the bounds below."""
-
-RESERVED_LEAST = 2 * _GIB
-RESERVED_MOST = 12 * _GIB
-
 METAL_SHARE = 0.95
 """Share of what Metal recommends to use at most. Beyond it macOS begins to take memory from others."""
 
 
-def default_ceiling(total: int, metal: int | None = None) -> int:
+def default_ceiling(total: int, metal: int | None = None, *, reserve: int | None = None) -> int:
     """Returns how much memory a model and its rows may take on a machine.
 
     Args:
         total: bytes of memory that it has.
         metal: bytes that Metal recommends to use at most.
+        reserve: bytes that are left to everything else; None is what is usual.
     """
-    reserved = min(max(int(total * RESERVED_SHARE), RESERVED_LEAST), RESERVED_MOST)
+    reserved = usual_reserve(total) if reserve is None else reserve
     ceiling = max(total - reserved, total // 4)
     return ceiling if metal is None else min(ceiling, int(metal * METAL_SHARE))
 
@@ -120,13 +114,17 @@ class Ledger:
         """Bytes of the model."""
         self.cost = KvCost()
         """What rows take."""
+        self.cost_alone = KvCost()
+        """What a row that runs alone takes in addition, such as a draft model's caches."""
         self._rows = rows
         self._reserved: dict[Hashable, int] = {}
+        self._alone: dict[Hashable, int] = {}
 
     @property
     def reserved(self) -> int:
         """Bytes that those rows can come to hold that can run at once."""
-        return sum(heapq.nlargest(self._rows, self._reserved.values()))
+        together = heapq.nlargest(self._rows, self._reserved.values())
+        return sum(together) + max(self._alone.values(), default=0)
 
     @property
     def room_for_prefixes(self) -> int | None:
@@ -149,6 +147,7 @@ class Ledger:
         """
         need = self.cost.of(tokens)
         self._reserved[holder] = need
+        self._alone[holder] = self.cost_alone.of(tokens)
         if self.ceiling is None:
             return
         wanted = max(self.weights + self.reserved, in_use + need)
@@ -171,9 +170,25 @@ class Ledger:
             retry_after=retry_after if ever else None,
         )
 
+    def hold(self, size: int) -> None:
+        """Takes memory for weights that come in addition, such as an adapter's.
+
+        Raises:
+            MemoryExhausted: there is not so much left.
+        """
+        if self.ceiling is not None and self.weights + self.reserved + size > self.ceiling:
+            raise MemoryExhausted(
+                f"an adapter of {_mib(size)} has no room beside the model's {_mib(self.weights)} and "
+                f"requests of up to {_mib(self.reserved)}: the limit is {_mib(self.ceiling)}. Unload another "
+                "one, or try again when requests have ended",
+                metadata={"need_bytes": str(size), "ceiling_bytes": str(self.ceiling)},
+            )
+        self.weights += size
+
     def release(self, holder: Hashable) -> None:
         """Gives back what a row reserved."""
         self._reserved.pop(holder, None)
+        self._alone.pop(holder, None)
 
 
 def _mib(size: int) -> str:
