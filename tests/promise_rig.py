@@ -154,6 +154,9 @@ class Sighting:
     """A backend as a watcher was told of it."""
 
     time: float
+    """When the watcher was told: some 50 ms late, so that a busy fleet does not drown its watchers."""
+    changed: float
+    """When it came into its state."""
     state: Backend.State.ValueType
     share: float
 
@@ -173,16 +176,17 @@ class Rig:
         """Notes what a watcher of the backends is told."""
         async for answer in self.fleet.WatchBackends(fleet_pb2.WatchBackendsRequest()):
             told = answer.backend
-            self._seen[told.name].append(Sighting(now(), told.state, told.share))
+            changed = told.state_change_time.ToNanoseconds() / 1e9 - time.time() + now()
+            self._seen[told.name].append(Sighting(now(), changed, told.state, told.share))
             self._news.set()
 
-    async def sighted(self, name: str, holds: Callable[[Sighting], bool], *, since: float) -> float:
-        """Returns when a watcher was first told something of a backend after a moment, in seconds from it."""
+    async def sighted(self, name: str, holds: Callable[[Sighting], bool], *, since: float) -> Sighting:
+        """Returns what a watcher was told of a backend when something first held of it after a moment."""
         async with asyncio.timeout(WAIT_SECONDS):
             while True:
                 for sighting in self._seen[name]:
                     if sighting.time >= since and holds(sighting):
-                        return sighting.time - since
+                        return sighting
                 self._news.clear()
                 await self._news.wait()
 
