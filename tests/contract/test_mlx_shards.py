@@ -89,8 +89,8 @@ async def worker(model: Path, **shards: object) -> AsyncIterator[Worker]:
             await channel.close()
             with suppress(ProcessLookupError):
                 process.kill()
-            await process.wait()
             process.stdin.close()
+            await process.communicate()  # to the end of its pipes, which its ranks share
 
 
 def request(text: str, most: int = 12, **more: object) -> pb.GenerateRequest:
