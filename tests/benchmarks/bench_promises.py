@@ -99,12 +99,12 @@ async def test_eject(tmp_path: Path) -> None:
             found = [await _ejection(rig, kind, chance) for _ in range(rounds)]
             took = [each[0] for each in found]
             later, lost = max(each[1] for each in found), sum(each[2] for each in found)
-            worst = quantile(took, 0.99)
+            worst = max(took)
             gone = quantile([each[3] for each in found], 0.5)
             rows.append(
                 Row(
                     f"eject: {kind}, {rounds} times",
-                    f"p50 {millis(quantile(took, 0.5))}, p99 {millis(worst)}"
+                    f"p50 {millis(quantile(took, 0.5))}, worst {millis(worst)}"
                     + (f"; the process was gone after {millis(gone)}" if gone else ""),
                     f"<= {millis(most)}",
                     worst <= most,
