@@ -23,7 +23,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from forebay.inference.v1 import inference_pb2 as pb
 from forebay.inference.v1 import inference_pb2_grpc
 from forebay.kit.channel import connect
-from forebay.kit.failure import printable
+from forebay.kit.failure import BackendUnavailable, printable
 from forebay.kit.process import STDIN_VARIABLE
 from forebay.kit.relay import is_cancelled_here
 from forebay.mlx_service.tool import Tail, read_lines
@@ -117,7 +117,8 @@ class WorkerProcess:
             health_pb2.HealthCheckRequest, health_pb2.HealthCheckResponse
         ] = health_pb2_grpc.HealthStub(channel).Check  # type: ignore[attr-defined]  # stubs know no health stub
         self._process = process
-        self.channel = channel
+        self._channel = channel
+        self._is_closed = False
         self._on_exit = on_exit
 
     def __repr__(self) -> str:
@@ -127,6 +128,17 @@ class WorkerProcess:
     def exit_code(self) -> int | None:
         """How it ended; negative is the signal. None while it runs."""
         return self._process.returncode
+
+    @property
+    def channel(self) -> grpc.aio.Channel:
+        """Leads to it.
+
+        Raises:
+            BackendUnavailable: it has ended. A stub that is made on a closed channel aborts this process.
+        """
+        if self._is_closed:
+            raise BackendUnavailable("this model's worker has ended")
+        return self._channel
 
     async def is_well(self, timeout: float) -> bool:
         """Returns whether it says within so many seconds that it serves."""
@@ -156,7 +168,7 @@ class WorkerProcess:
 
     async def stop(self, grace: float) -> None:
         """Asks it to end, kills it if it does not within so many seconds, and returns when it is gone."""
-        await self.channel.close()
+        await self._close()
         self._signal(signal.SIGTERM)
         try:
             async with asyncio.timeout(grace):
@@ -169,8 +181,12 @@ class WorkerProcess:
     async def watch(self) -> None:
         """Waits for its end. Whatever is still asked of it then fails at once."""
         await self._process.wait()
-        await self.channel.close()
+        await self._close()
         self._on_exit()
+
+    async def _close(self) -> None:
+        self._is_closed = True
+        await self._channel.close()
 
     def kill(self) -> None:
         """Ends it at once."""
