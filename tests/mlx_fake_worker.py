@@ -22,8 +22,29 @@ from pathlib import Path
 from forebay.kit import process
 from forebay.kit.config import ServerSettings
 from forebay.kit.server import serving
+from forebay.mlx.v1 import worker_pb2, worker_pb2_grpc
 from forebay.testing.script import Script, ScriptedModel
 from forebay.testing.scripted import ScriptedEngine, raw
+
+
+class Control(worker_pb2_grpc.WorkerServiceServicer):
+    """Takes any limit, and holds nothing."""
+
+    def __init__(self, limit: int) -> None:
+        self.limit = limit
+
+    async def Adjust(self, request, context):
+        if request.HasField("limit_bytes"):
+            self.limit = request.limit_bytes
+        return worker_pb2.AdjustResponse(limit_bytes=self.limit, weights_bytes=1, memory_bytes=1)
+
+
+def controlled(limit: int | None):
+    def register(server, edge):
+        worker_pb2_grpc.add_WorkerServiceServicer_to_server(Control(limit or 0), server)
+        return ["forebay.mlx.v1.WorkerService"]
+
+    return register
 
 
 async def serve(arguments: argparse.Namespace, behaviour: dict) -> None:
@@ -46,7 +67,7 @@ async def serve(arguments: argparse.Namespace, behaviour: dict) -> None:
             serving(
                 settings,
                 inference=None if behaviour.get("raw") else engine,
-                more=[raw(engine)] if behaviour.get("raw") else [],
+                more=[raw(engine)] if behaviour.get("raw") else [controlled(arguments.memory_ceiling)],
             ) as up,
         ):
             if behaviour.get("stubborn"):

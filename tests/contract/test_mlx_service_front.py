@@ -627,7 +627,7 @@ def test_workers_are_told_what_is_configured():
             "auth_token_digests": ["0" * 64],
         }
     )
-    expected = "--max-rows 3 --prefix-cache 7 --memory-ceiling 8 --isolate-callers --default-max-tokens 99"
+    expected = "--max-rows 3 --prefix-cache 7 --isolate-callers --default-max-tokens 99"
     assert worker_arguments(settings) == expected.split()
     plain = MlxSettings.model_validate({"prefix_cache_bytes": 0})
     assert worker_arguments(plain) == ["--max-rows", "8", "--prefix-cache", "0"]

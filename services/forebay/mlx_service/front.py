@@ -11,6 +11,8 @@ from datetime import timedelta
 from pathlib import Path
 from typing import TypeVar, cast
 
+from google.protobuf.timestamp_pb2 import Timestamp
+
 from forebay.inference.v1 import inference_pb2 as pb
 from forebay.kit import genai, telemetry
 from forebay.kit.engine import SendLoad, SendPull
@@ -19,6 +21,7 @@ from forebay.kit.failure import (
     CapabilityUnsupported,
     Failure,
     InvalidRequest,
+    MemoryExhausted,
     ModelLoadFailed,
     ModelNotFound,
     PermissionDenied,
@@ -41,6 +44,7 @@ from forebay.mlx_service.fetch import (
     pull_from_hub,
 )
 from forebay.mlx_service.fetches import Fetches, Tell
+from forebay.mlx_service.ledger import WANTED
 from forebay.mlx_service.process import Worker
 from forebay.mlx_service.registry import Entry, Registry
 from forebay.mlx_service.supervisor import Options, Prepare, Residence, State, Supervisor, Waiting
@@ -117,7 +121,14 @@ class MlxEngine:
         async with self._worker(source, waiting) as (id_, worker):
             request = _for_worker(call, id_)
             with self._attempt(call, send) as watched:
-                await relay_generate(worker.stub.Generate, request, call, watched, self._name)
+                try:
+                    await relay_generate(worker.stub.Generate, request, call, watched, self._name)
+                except MemoryExhausted as failure:
+                    # Only refusals before the first event name a limit that would do.
+                    wanted = int(failure.metadata.get(WANTED, "0"))
+                    if not wanted or not await self._supervisor.widen(id_, wanted):
+                        raise
+                    await relay_generate(worker.stub.Generate, request, call, watched, self._name)
 
     async def embed(self, call: Call[pb.EmbedRequest]) -> pb.EmbedResponse:
         """Has the model loaded and relays its worker's answer."""
@@ -139,7 +150,9 @@ class MlxEngine:
         entries = await self._registry.entries()
         async with asyncio.TaskGroup() as tasks:
             models = [tasks.create_task(self._describe(entry)) for entry in entries]
-        return pb.ListModelsResponse(models=[task.result() for task in models])
+        return pb.ListModelsResponse(
+            models=[task.result() for task in models], memory=self._supervisor.memory()
+        )
 
     # ModelEngine
 
@@ -306,10 +319,14 @@ class MlxEngine:
         if residence.kept or residence.state is not State.AVAILABLE:
             model.state = residence.state.value
             model.detail = residence.detail or model.detail
-        left = residence.expires_in(asyncio.get_running_loop().time())
-        if left is not None:
-            model.expire_time.GetCurrentTime()
-            model.expire_time.FromNanoseconds(model.expire_time.ToNanoseconds() + int(left * 1e9))
+        now = asyncio.get_running_loop().time()
+        if (left := residence.expires_in(now)) is not None:
+            _set_time(model.expire_time, left)
+        if residence.has_served or residence.calls:
+            _set_time(model.use_time, 0.0 if residence.calls else residence.last_used - now)
+        if residence.load_seconds:
+            model.load_duration.FromTimedelta(timedelta(seconds=residence.load_seconds))
+        model.pinned = residence.kept and residence.options.pinned
         return model
 
 
@@ -323,6 +340,12 @@ def _check_purpose(id_: str, is_embedding: bool, embeds: bool | None) -> None:
         f"model {id_} {does} text and does not {wanted} it: ask {other}",
         metadata={"capability": wanted, "model": id_},
     )
+
+
+def _set_time(field: Timestamp, seconds: float) -> None:
+    """Sets a time that is so many seconds from now."""
+    field.GetCurrentTime()
+    field.FromNanoseconds(field.ToNanoseconds() + int(seconds * 1e9))
 
 
 def _for_worker(call: Call[RequestT], id_: str) -> RequestT:

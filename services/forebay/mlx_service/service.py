@@ -69,8 +69,6 @@ def worker_arguments(settings: MlxSettings) -> list[str]:
     """Returns the command-line arguments that all workers get."""
     arguments = ["--max-rows", str(settings.max_rows)]
     arguments += ["--prefix-cache", str(settings.prefix_cache_bytes)]
-    if settings.memory_ceiling is not None:
-        arguments += ["--memory-ceiling", str(settings.memory_ceiling)]
     if settings.auth_token_digests or settings.tls_client_roots is not None:
         arguments.append("--isolate-callers")
     if settings.default_max_output_token_count is not None:

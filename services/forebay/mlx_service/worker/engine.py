@@ -8,11 +8,16 @@ A row's life is waiting, then reading its prompt, then writing, then over:
 
     waiting -> reading   a place in the batch is free and it is the row's turn
     reading -> writing   the first token came
+    reading, writing -> waiting  memory is short, and others are more urgent or were here before
     any     -> over      end token, limit, cancelled, deadline, failure
 
 A slow reader costs no unbounded memory: what waits in a ticket are the tokens
 of its row, at most as many as the row may generate, and they are read all at
 once.
+
+A row that is set aside keeps its tokens, and its place before all that came
+later. It is read again from them, so its reply is the same as if nothing had
+happened.
 
 If a step fails, nobody can tell what its lane holds. The engine then throws
 the lane away and reads every row again from its tokens, one suspect at a
@@ -37,11 +42,20 @@ from datetime import timedelta
 from functools import partial
 from typing import Protocol, TypeAlias
 
-from forebay.kit.failure import BackendError, DeadlineExceeded, Draining, Failure, QueueFull
+from forebay.kit.failure import (
+    BackendError,
+    DeadlineExceeded,
+    Draining,
+    Failure,
+    MemoryExhausted,
+    QueueFull,
+)
+from forebay.mlx_service.ledger import mib
 from forebay.mlx_service.worker.batch import Batch, Generated, Kept, Prefilled, top_tokens
 from forebay.mlx_service.worker.lanes import Lanes
-from forebay.mlx_service.worker.memory import KvCost, Ledger, probe
+from forebay.mlx_service.worker.memory import KvCost, Ledger, is_out_of_memory, probe, read_memory
 from forebay.mlx_service.worker.prefix_cache import PrefixCache, PrefixStats, why_not
+from forebay.mlx_service.worker.pressure import FREED_SHARE, Held, Level, Pressure
 from forebay.mlx_service.worker.runtime import leave_thread, mx
 from forebay.mlx_service.worker.sampling import Array, Processor, SamplingParams, processors, sampler
 
@@ -177,6 +191,14 @@ class EngineStats:
     """Bytes of the rows' attention caches, at the last look."""
     prefix: PrefixStats = field(default_factory=PrefixStats)
     """The prefix cache."""
+    freed_bytes: int = 0
+    """Memory that mlx has freed and keeps for the next step."""
+    peak_bytes: int = 0
+    """Most memory that was in use at once since the model was loaded."""
+    preempted: int = 0
+    """Times that a row was set aside for want of memory."""
+    wanted_bytes: int = 0
+    """Ceiling with which no row would be set aside now; 0 is that there is enough."""
 
 
 class Ticket:
@@ -224,6 +246,7 @@ class _Live:
     since: float = 0.0
     cached: int = 0
     skipped: int = 0
+    number: int = 0
 
     @property
     def row(self) -> Row:
@@ -263,6 +286,7 @@ class Engine:
         prefill_step: tokens of a prompt read in one step. None measures what the device can do.
         prefixes: keeps what was read, for prompts that begin the same. None keeps nothing.
         ceiling: bytes that weights and rows may take together. None sets no bound.
+        read: tells what memory mlx holds.
     """
 
     def __init__(
@@ -274,6 +298,7 @@ class Engine:
         prefill_step: int | None = None,
         prefixes: PrefixCache | None = None,
         ceiling: int | None = None,
+        read: Callable[[], Held] = read_memory,
     ) -> None:
         self._load = load
         self._rows = rows
@@ -301,6 +326,9 @@ class Engine:
         self._live: dict[int, _Live] = {}
         self._again: deque[_Live] = deque()
         self._queue: list[tuple[int, int, Ticket]] = []
+        self._aside: dict[Ticket, _Live] = {}
+        self._pressure = Pressure(read=read, give_back=mx.clear_cache, shrink=self._forget_prefixes)
+        self._preempted = 0
         self._count = 0
         self._outbox: list[tuple[Ticket, Happening]] = []
         self._stopped = False
@@ -309,6 +337,7 @@ class Engine:
         self._stepped_at = 0.0
         self._memory_bytes = 0
         self._cache_bytes = 0
+        self._peak_bytes = 0
         self._widths: tuple[int, ...] = ()
 
     # On the event loop
@@ -373,7 +402,18 @@ class Engine:
             ceiling_bytes=self._ledger.ceiling or 0,
             cache_bytes=self._cache_bytes,
             prefix=PrefixStats() if self._prefixes is None else self._prefixes.stats,
+            freed_bytes=self._pressure.held.freed,
+            peak_bytes=self._peak_bytes,
+            preempted=self._preempted,
+            wanted_bytes=self._pressure.wanted,
         )
+
+    def limit(self, ceiling: int) -> int:
+        """Changes the ceiling, but not to less than the rows accepted can come to need, and returns it."""
+        ceiling = self._ledger.limit(ceiling)
+        self._prefix_room = self._ledger.room_for_prefixes
+        self._commands.put(partial(self._limit, ceiling))
+        return ceiling
 
     @property
     def has_ended(self) -> bool:
@@ -438,6 +478,7 @@ class Engine:
                 self._drain()
                 self._expire()
                 self._admit()
+                self._relieve()
                 if self._live:
                     self._step()
                 self._flush()
@@ -452,12 +493,15 @@ class Engine:
         # Every thread begins with the same random state; without this, equal prompts to
         # two workers would get equal "random" replies.
         mx.random.seed(int.from_bytes(os.urandom(7), "little"))
-        if self._ledger.ceiling is not None:
-            mx.set_memory_limit(self._ledger.ceiling)
         mx.set_cache_limit(FREED_BYTES)
         before = int(mx.get_active_memory())
         self._model, end_tokens = self._load()
-        self._post(self._weigh, int(mx.get_active_memory()) - before, probe(self._model))
+        self._pressure.weights = int(mx.get_active_memory()) - before
+        if self._ledger.ceiling is not None:
+            self._limit(self._ledger.ceiling)
+        self._cost = probe(self._model)
+        self._post(self._weigh, self._pressure.weights, self._cost)
+        mx.reset_peak_memory()
         self._end_tokens = frozenset(end_tokens)
         if self._prefixes is not None and (reason := why_not(self._model)) is not None:
             log.info("no prefixes are kept of this model: %s", reason)
@@ -503,8 +547,60 @@ class Engine:
             if any(token.ended for token in written):
                 return longest
 
+    def _limit(self, ceiling: int) -> None:
+        mx.set_memory_limit(ceiling)  # no more than a hint: it makes mlx wait for frees, and refuses nothing
+        room = max(0, ceiling - self._pressure.weights)
+        mx.set_cache_limit(min(FREED_BYTES, int(room * FREED_SHARE)))
+        self._pressure.limit = ceiling
+        if self._prefixes is not None:
+            self._prefixes.limit(self._prefix_room)
+
+    def _forget_prefixes(self, size: int) -> None:
+        if self._prefixes is not None:
+            self._prefixes.shrink(max(0, self._prefixes.stats.bytes - size))
+
+    def _relieve(self) -> None:
+        """Looks at the memory, and sets a row aside if nothing else helps: see `pressure`."""
+        level = self._pressure.look()
+        self._memory_bytes = self._pressure.held.used
+        if level < Level.HARD or not self._live:
+            return
+        if len(self._live) > 1:
+            self._set_aside()
+        elif self._pressure.is_hopeless(time.monotonic()):
+            ((uid, live),) = self._live.items()
+            del self._live[uid]
+            self._lanes.remove(uid)
+            self._fail(live.ticket, self._exhausted(live))
+
+    def _set_aside(self) -> None:
+        """Takes the least urgent row out, of these the youngest, and puts it back into the queue."""
+        uid = max(self._live, key=lambda each: (self._live[each].row.urgency, self._live[each].number))
+        live = self._live.pop(uid)
+        self._lanes.remove(uid)  # what attention held of it goes too: keeping it would free nothing
+        live.suspect = False
+        self._aside[live.ticket] = live
+        heapq.heappush(self._queue, (live.row.urgency, live.number, live.ticket))
+        self._preempted += 1
+        log.info("memory is short: a reply of %d tokens is set aside", len(live.written))
+
+    def _exhausted(self, live: _Live) -> MemoryExhausted:
+        held, limit = self._pressure.held.used, self._pressure.limit or 0
+        tokens = len(live.row.tokens) + len(live.written)
+        return MemoryExhausted(
+            f"the reply ran out of memory after {len(live.written)} tokens: with {tokens} tokens in all, "
+            f"{mib(held)} are in use, of these {mib(self._pressure.weights)} by the model, and the limit is "
+            f"{mib(limit)}",
+            metadata={
+                "in_use_bytes": str(held),
+                "weights_bytes": str(self._pressure.weights),
+                "ceiling_bytes": str(limit),
+            },
+        )
+
     def _measure(self) -> None:
         self._memory_bytes = int(mx.get_active_memory())
+        self._peak_bytes = int(mx.get_peak_memory())
         self._widths = tuple(self._lanes.widths)
         self._cache_bytes = self._lanes.cache_bytes
 
@@ -537,6 +633,7 @@ class Engine:
             if live.ticket is ticket:
                 self._drop(uid)
                 return
+        self._aside.pop(ticket, None)
         self._queue = [entry for entry in self._queue if entry[2] is not ticket]
         heapq.heapify(self._queue)
         self._again = deque(live for live in self._again if live.ticket is not ticket)
@@ -586,12 +683,27 @@ class Engine:
                 self._insert(self._again.popleft())
             return
         admitted = False
-        while self._queue and len(self._live) < self._rows and not suspected:
-            self._insert(_Live(heapq.heappop(self._queue)[2]))
+        while self._queue and len(self._live) < self._rows and not suspected and self._may_join():
+            _, number, ticket = heapq.heappop(self._queue)
+            live = self._aside.pop(ticket, None)
+            self._insert(_Live(ticket, number=number) if live is None else live)
             admitted = True
         if admitted or self._queue:
             for position, (_, _, ticket) in enumerate(sorted(self._queue, key=lambda entry: entry[:2])):
-                self._tell(ticket, Waiting(position))
+                if ticket not in self._aside:  # a reply that has begun has no place in a queue to be told
+                    self._tell(ticket, Waiting(position))
+
+    def _may_join(self) -> bool:
+        """Whether there is memory for the first row that waits. A row alone may always try."""
+        if not self._live:
+            return True
+        ticket = self._queue[0][2]
+        first = self._aside.get(ticket) or _Live(ticket)
+        kept = 0 if self._prefixes is None else self._prefixes.stats.bytes
+        rows = sum(self._cost.of(len(live.row.tokens) + len(live.written)) for live in self._live.values())
+        # Rows that have just joined hold nothing yet, and what is kept of prompts makes room for rows.
+        used = max(self._pressure.weights + rows, self._pressure.held.used - kept)
+        return self._pressure.allows(used + self._cost.of(len(first.row.tokens) + len(first.written)))
 
     def _insert(self, live: _Live) -> None:
         row = live.row
@@ -673,6 +785,9 @@ class Engine:
         log.error("a step failed: %s", type(error).__name__, exc_info=error)
         rows = [self._live.pop(uid) for uid in self._lanes.broken()]
         blamed = [live for live in rows if live.suspect] or rows
+        is_memory = is_out_of_memory(error)
+        if is_memory:
+            self._forget_prefixes(self._pressure.held.used)
         gc.collect()
         mx.clear_cache()
         for live in blamed:
@@ -680,7 +795,7 @@ class Engine:
         # Those blamed go last, so that the others are writing again before the culprit is tried.
         for live in sorted(rows, key=lambda one: one in blamed):
             if live.faults > ROW_RETRIES:
-                self._fail(live.ticket, error)
+                self._fail(live.ticket, self._exhausted(live) if is_memory else error)
             else:
                 live.suspect = True
                 self._again.append(live)
@@ -721,6 +836,7 @@ class Engine:
         self._live.clear()
         self._again.clear()
         self._queue.clear()
+        self._aside.clear()
         self._flush()
         if self._prefixes is not None:
             self._prefixes.clear()

@@ -4,10 +4,8 @@ A row is refused when it comes, not when it is half written: mlx does not raise
 when memory runs out, the system ends the process. So a row reserves what it
 can come to hold, prompt and longest reply, and is refused with figures if that
 and what others reserved exceed the ceiling. Of all rows accepted only so many
-run at once; the most expensive of them are what is counted.
-
-Above the soft mark the prefix cache makes room; it holds nothing that could
-not be read again.
+run at once; the most expensive of them are what is counted. What reservations
+do not foresee, `pressure` sees.
 """
 
 from __future__ import annotations
@@ -18,34 +16,24 @@ from dataclasses import dataclass
 from datetime import timedelta
 
 from forebay.kit.failure import MemoryExhausted
+from forebay.mlx_service.ledger import WANTED, mib
 from forebay.mlx_service.worker.lanes import PADDED
+from forebay.mlx_service.worker.pressure import SOFT, Held
 from forebay.mlx_service.worker.runtime import BatchKVCache, make_prompt_cache, mx
 
-SOFT = 0.85
-"""Share of the ceiling above which the prefix cache makes room for rows."""
-
-_GIB = 1 << 30
-
-RESERVED_SHARE = 0.35
-"""Share of a machine's memory that is left to everything else, within the bounds below."""
-
-RESERVED_LEAST = 2 * _GIB
-RESERVED_MOST = 12 * _GIB
-
-METAL_SHARE = 0.95
-"""Share of what Metal recommends to use at most. Beyond it macOS begins to take memory from others."""
+_OUT_OF_MEMORY = ("malloc", "attempting to allocate", "unable to allocate", "out of memory", "resource limit")
+"""What mlx says when it cannot allocate."""
 
 
-def default_ceiling(total: int, metal: int | None = None) -> int:
-    """Returns how much memory a model and its rows may take on a machine.
+def read_memory() -> Held:
+    """Returns what MLX holds in this process."""
+    return Held(int(mx.get_active_memory()), int(mx.get_cache_memory()))
 
-    Args:
-        total: bytes of memory that it has.
-        metal: bytes that Metal recommends to use at most.
-    """
-    reserved = min(max(int(total * RESERVED_SHARE), RESERVED_LEAST), RESERVED_MOST)
-    ceiling = max(total - reserved, total // 4)
-    return ceiling if metal is None else min(ceiling, int(metal * METAL_SHARE))
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Returns whether an exception says that there is no memory: mlx has no class of its own for that."""
+    text = str(error).lower()
+    return isinstance(error, MemoryError) or any(word in text for word in _OUT_OF_MEMORY)
 
 
 def metal_memory() -> int | None:
@@ -133,7 +121,7 @@ class Ledger:
         """Bytes that may be used for what can be read again; None sets no bound."""
         if self.ceiling is None:
             return None
-        return max(0, int(self.ceiling * SOFT) - self.weights - self.reserved)
+        return max(0, int((self.ceiling - self.weights) * SOFT) - self.reserved)
 
     def reserve(self, holder: Hashable, tokens: int, *, in_use: int, retry_after: timedelta) -> None:
         """Reserves what a row of so many tokens can come to hold.
@@ -158,23 +146,25 @@ class Ledger:
         ever = self.weights + need <= self.ceiling
         when = "try again when other requests have ended" if ever else "ask for less: it never fits"
         raise MemoryExhausted(
-            f"{tokens} tokens of prompt and reply take up to {_mib(need)}; the model takes "
-            f"{_mib(self.weights)}, other requests up to {_mib(self.reserved)}, and the limit is "
-            f"{_mib(self.ceiling)}: {when}",
+            f"{tokens} tokens of prompt and reply take up to {mib(need)}; the model takes "
+            f"{mib(self.weights)}, other requests up to {mib(self.reserved)}, and the limit is "
+            f"{mib(self.ceiling)}: {when}",
             metadata={
                 "need_bytes": str(need),
                 "weights_bytes": str(self.weights),
                 "reserved_bytes": str(self.reserved),
                 "in_use_bytes": str(in_use),
                 "ceiling_bytes": str(self.ceiling),
+                WANTED: str(wanted),
             },
             retry_after=retry_after if ever else None,
         )
 
+    def limit(self, ceiling: int) -> int:
+        """Changes the ceiling, but not to less than what was accepted can come to need, and returns it."""
+        self.ceiling = max(ceiling, self.weights + self.reserved)
+        return self.ceiling
+
     def release(self, holder: Hashable) -> None:
         """Gives back what a row reserved."""
         self._reserved.pop(holder, None)
-
-
-def _mib(size: int) -> str:
-    return f"{size / (1 << 20):.1f} MiB"

@@ -28,14 +28,16 @@ from forebay.kit.logs import LogSettings
 from forebay.kit.metrics import Metrics
 from forebay.kit.server import Serving, StartError, serving
 from forebay.kit.telemetry import Telemetry, TelemetrySettings
+from forebay.mlx_service.host import default_ceiling
 from forebay.mlx_service.models.describe import ModelFacts, NotAModelError, describe
+from forebay.mlx_service.worker.control import controlled
 from forebay.mlx_service.worker.embedding.engine import EmbeddingEngine
 from forebay.mlx_service.worker.embedding.service import assemble
 from forebay.mlx_service.worker.embedding.texts import Texts
-from forebay.mlx_service.worker.engine import Engine, EngineStats
+from forebay.mlx_service.worker.engine import Engine
 from forebay.mlx_service.worker.grammar import Grammars
 from forebay.mlx_service.worker.load import load_weights
-from forebay.mlx_service.worker.memory import default_ceiling, metal_memory
+from forebay.mlx_service.worker.memory import metal_memory
 from forebay.mlx_service.worker.prefix_cache import PrefixCache
 from forebay.mlx_service.worker.runtime import leave_thread
 from forebay.mlx_service.worker.service import Served, WorkerService
@@ -101,7 +103,8 @@ async def _serve(options: argparse.Namespace, settings: ServerSettings, tracing:
     service, engine, words = _embedding(options, facts) if facts.recipe else _chat(options, facts, ceiling)
     _show(engine, options.model_id, tracing.metrics)
     async with process.stop_requests() as stopped:
-        async with serving(settings, inference=service, telemetry=tracing) as up:
+        control = [controlled(engine, ceiling)]
+        async with serving(settings, inference=service, more=control, telemetry=tracing) as up:
             process.announce(SERVICE, up.address)
             async with _watching(stopped, options.parent_pid):
                 loading = asyncio.create_task(_load(words, engine))
@@ -160,16 +163,6 @@ def _embedding(
 
 def _show(engine: Engine | EmbeddingEngine, model_id: str, to: Metrics) -> None:
     model = {"gen_ai.request.model": to.admit(model_id)}
-
-    def rows() -> list[tuple[float, dict[str, str]]]:
-        stats = engine.stats()
-        live = stats.live if isinstance(stats, EngineStats) else 0
-        return [
-            (live, model | {"forebay.state": "live"}),
-            (stats.waiting, model | {"forebay.state": "waiting"}),
-        ]
-
-    to.observe(metrics.ROWS, rows)
     to.observe(metrics.MEMORY, lambda: [(engine.stats().memory_bytes, model)])
 
 
