@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,7 +14,9 @@ from forebay.mlx_service.models.describe import describe
 from forebay.mlx_service.worker.engine import Engine
 from forebay.mlx_service.worker.grammar import Grammars
 from forebay.mlx_service.worker.load import load_weights
+from forebay.mlx_service.worker.memory import read_memory
 from forebay.mlx_service.worker.prefix_cache import PrefixCache
+from forebay.mlx_service.worker.pressure import Held
 from forebay.mlx_service.worker.service import Served, WorkerService
 from forebay.mlx_service.worker.words import Words
 
@@ -83,6 +85,7 @@ async def rig(
     prefixes: PrefixCache | None = None,
     isolates_callers: bool = False,
     ceiling: int | None = None,
+    read: Callable[[], Held] = read_memory,
 ) -> AsyncIterator[Rig]:
     words = Words(path)
     await words.load()
@@ -93,6 +96,7 @@ async def rig(
         prefill_step=prefill_step,
         prefixes=prefixes,
         ceiling=ceiling,
+        read=read,
     )
     served = Served(
         model_id=MODEL,

@@ -607,6 +607,7 @@ class Engine:
     def _drain(self) -> None:
         """Runs the commands that came. With nothing to generate it sleeps until one does."""
         if not (self._live or self._queue or self._again):
+            self._measure()  # what the last row held must not count against the next one
             try:
                 command = self._commands.get(timeout=IDLE_SECONDS)
             except queue.Empty:
