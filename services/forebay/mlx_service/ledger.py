@@ -59,6 +59,11 @@ class Account:
     """What it said of itself last."""
 
     @property
+    def is_idle(self) -> bool:
+        """Whether it said last that it has nothing to do."""
+        return self.report is None or not self.report.live_count + self.report.waiting_count
+
+    @property
     def limit(self) -> int:
         """Bytes that its weights and requests may take: what the worker is told."""
         return max(1, self.share - self.process)
@@ -85,8 +90,6 @@ class Account:
             beside = footprint - report.memory_bytes - report.freed_bytes
             if beside > 0:
                 self.process = beside
-        if not report.live_count + report.waiting_count:
-            self.wanted = 0
 
 
 class Ledger:

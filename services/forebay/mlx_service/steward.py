@@ -46,6 +46,9 @@ takes a moment; if it takes longer, somebody else has it."""
 _FIT_TIMEOUT = 15.0
 """Seconds after which a load is refused whose room exists in the ledger and is not given up by who has it."""
 
+_WISH_SECONDS = 10.0
+"""Seconds that a worker keeps what a request asked for and has not used. The request is on its way there."""
+
 _DRIFT = 0.05
 """Change of a figure, as a share of it, that is worth dealing anew."""
 
@@ -79,6 +82,7 @@ class Steward:
         self._most = self.ledger.ceiling
         self._told: dict[str, int] = {}
         self._wanting: dict[str, int] = {}
+        self._wished_at: dict[str, float] = {}
         self._turn = asyncio.Lock()
         self._due = asyncio.Event()
         self._returns_until = 0.0
@@ -97,9 +101,9 @@ class Steward:
         """
         weights = self._weigh(folder)
         async with self._turn:
-            self.ledger.open(residence.id, weights)
+            account = self.ledger.open(residence.id, weights)
             try:
-                await self._fit(residence)
+                await self._fit(residence, account)
             except BaseException:
                 self.ledger.close(residence.id)
                 raise
@@ -151,6 +155,7 @@ class Steward:
         """Gives back what a model had. Its process is gone."""
         self._told.pop(residence.id, None)
         self._wanting.pop(residence.id, None)
+        self._wished_at.pop(residence.id, None)
         if self.ledger.close(residence.id):
             self._returns_until = _now() + _RETURN_TIMEOUT
             self._due.set()
@@ -172,8 +177,9 @@ class Steward:
             if account.limit >= wanted:
                 return await self._tell(account)
             account.wanted = wanted
+            self._wished_at[residence.id] = _now()
             try:
-                await self._fit(residence)
+                await self._fit(residence, account)
             except MemoryExhausted:
                 account.wanted = 0
                 return False
@@ -188,14 +194,21 @@ class Steward:
                     await self._due.wait()
             is_due = self._due.is_set()
             self._due.clear()
-            ceiling = self._ceiling()
-            if is_due or abs(ceiling - self.ledger.ceiling) > _DRIFT * self.ledger.ceiling:
-                async with self._turn:
-                    self.ledger.ceiling = ceiling
-                    await self._deal()
-            wanting, self._wanting = self._wanting, {}
-            for model_id, wanted in wanting.items():
-                await self.widen(self._residences[model_id], wanted)
+            try:
+                await self._review(is_due)
+            except Exception:  # the models are served all the same, and the next look may go well
+                logger.exception("dealing out memory failed through a fault of ours")
+
+    async def _review(self, is_due: bool) -> None:
+        ceiling = self._ceiling()
+        if is_due or abs(ceiling - self.ledger.ceiling) > _DRIFT * self.ledger.ceiling:
+            async with self._turn:
+                self.ledger.ceiling = ceiling
+                self._forget_wishes()
+                await self._deal()
+        wanting, self._wanting = self._wanting, {}
+        for model_id, wanted in wanting.items():
+            await self.widen(self._residences[model_id], wanted)
 
     def memory(self) -> pb.Memory:
         """Describes the machine and what the service takes of it."""
@@ -215,17 +228,16 @@ class Steward:
 
     # From here on: making room. Whoever is here has the turn.
 
-    async def _fit(self, residence: Residence) -> None:
+    async def _fit(self, residence: Residence, account: Account) -> None:
         """Makes what all need at the least fit below the ceiling, and deals it out.
 
         Raises:
             MemoryExhausted: that is impossible; nobody was asked to leave.
         """
-        account = self.ledger.get(residence.id)
-        assert account is not None
         await self._ask()
+        self._forget_wishes()
         deadline: float | None = None
-        while not residence.stopping:
+        while not residence.stopping and self.ledger.get(residence.id) is account:
             self.ledger.ceiling = self._ceiling()
             others = [r for r in self._others(residence) if self.ledger.get(r.id) is not None]
             places = len(others) - (self._settings.max_loaded_models - 1)
@@ -235,7 +247,7 @@ class Steward:
                     return
                 deadline = deadline or _now() + _FIT_TIMEOUT
                 if _now() >= deadline:
-                    raise self._refusal(residence, others, places=places)
+                    raise self._refusal(account, others, places=places)
                 await asyncio.sleep(_POLL)
                 continue
             leaving = [r for r in others if r.stopping]
@@ -245,12 +257,10 @@ class Steward:
                 await asyncio.sleep(_POLL)
                 continue
             if not leaving:
-                leaving = self._evict(residence, others, lacking=lacking, places=places)
+                leaving = self._evict(account, others, lacking=lacking, places=places)
             await leaving[0].change()
 
-    def _evict(
-        self, residence: Residence, others: Iterable[Residence], *, lacking: int, places: int
-    ) -> list[Residence]:
+    def _evict(self, own: Account, others: list[Residence], *, lacking: int, places: int) -> list[Residence]:
         """Asks those to leave who are idle and make enough room."""
         now = _now()
         idle = {r.id: r for r in others if r.worker is not None and not r.calls and not r.options.pinned}
@@ -266,37 +276,35 @@ class Steward:
         ]
         chosen = choose(candidates, lacking=lacking, places=places)
         if chosen is None:
-            raise self._refusal(residence, list(others), places=places if lacking <= 0 else 0)
+            raise self._refusal(own, others, places=places if lacking <= 0 else 0)
         for candidate in chosen:
             account = self.ledger.get(candidate.model_id)
             freed = mib(account.least if account is not None else 0)
-            logger.info("%s leaves memory, %s, to make room for %s", candidate.model_id, freed, residence.id)
+            logger.info("%s leaves memory, %s, to make room for %s", candidate.model_id, freed, own.model_id)
             self.left(idle[candidate.model_id], "room")
             idle[candidate.model_id].stop(force=False)
         return [idle[candidate.model_id] for candidate in chosen]
 
-    def _refusal(self, residence: Residence, others: list[Residence], *, places: int) -> MemoryExhausted:
-        own = self.ledger.get(residence.id)
-        assert own is not None
+    def _refusal(self, own: Account, others: list[Residence], *, places: int) -> MemoryExhausted:
         needed, ceiling = own.least, self.ledger.ceiling
         free = max(0, ceiling - sum(each.least for each in self.ledger.accounts if each is not own))
         accounts = [each for r in others if (each := self.ledger.get(r.id)) is not None]
         held = holders(accounts, {r.id: _why(r) for r in others})
         if places <= 0:
             text = (
-                f"{residence.id} has no room: it needs {mib(needed)}, {mib(free)} of {mib(ceiling)} are free"
+                f"{own.model_id} has no room: it needs {mib(needed)}, {mib(free)} of {mib(ceiling)} are free"
                 + (f", and {held} stay" if held else "")
             )
         else:
             text = (
-                f"{residence.id} has no room: {len(others)} models are loaded and in use or pinned, "
+                f"{own.model_id} has no room: {len(others)} models are loaded and in use or pinned, "
                 f"and max_loaded_models is {self._settings.max_loaded_models}"
             )
         ever = needed <= self._most
         return MemoryExhausted(
             text if ever else f"{text}: it never fits",
             metadata={
-                "model": residence.id,
+                "model": own.model_id,
                 "needed_bytes": str(needed),
                 "free_bytes": str(free),
                 "ceiling_bytes": str(ceiling),
@@ -344,6 +352,13 @@ class Steward:
         report = await worker.adjust(limit)
         self.note(self._residences[account.model_id], report)
         return report is not None and report.limit_bytes >= limit
+
+    def _forget_wishes(self) -> None:
+        """Takes back what requests were given that have ended."""
+        for account in self.ledger.accounts:
+            wished_at = self._wished_at.get(account.model_id, 0.0)
+            if account.wanted and account.is_idle and _now() >= wished_at + _WISH_SECONDS:
+                account.wanted = 0
 
     async def _ask(self) -> None:
         """Asks all workers what they take."""

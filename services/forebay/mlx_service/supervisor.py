@@ -55,6 +55,9 @@ Waiting: TypeAlias = Callable[["Residence"], Awaitable[None]]
 _POLL = 0.05
 """Seconds between two questions whether a worker has loaded its model, or is well again."""
 
+_TICK = 0.001
+"""Least seconds to wait for a moment: what is left of it may be too little for the clock to tell."""
+
 _TELL = 1.0
 """Most seconds between two signs of life to a caller that waits for a model."""
 
@@ -516,7 +519,7 @@ class Supervisor:
         interval = self._settings.health_interval.total_seconds()
         next_check = _now() + interval
         while True:
-            await self._woken(residence, max(0.0, next_check - _now()))
+            await self._woken(residence, max(_TICK, next_check - _now()))
             if (code := worker.exit_code) is not None:
                 return Outcome(End.CRASHED, _how(worker, code))
             if residence.stopping:
