@@ -101,7 +101,7 @@ class Mesh:
                 await backend.start()
         self.orchestrator = Orchestrator(self._settings, source=random.Random(0), telemetry=self._telemetry)
         self.fleet = await self._stack.enter_async_context(self.orchestrator.fleet)
-        up = await self._stack.enter_async_context(
+        self.up = await self._stack.enter_async_context(
             serving(
                 self._settings,
                 inference=self.orchestrator.inference,
@@ -111,9 +111,9 @@ class Mesh:
                 telemetry=self._telemetry,
             )
         )
-        await up.set_ready(True)
-        self.address = up.address
-        channel = await self._stack.enter_async_context(connect(up.address))
+        await self.up.set_ready(True)
+        self.address = self.up.address
+        channel = await self._stack.enter_async_context(connect(self.up.address))
         self.client = inference_pb2_grpc.InferenceServiceStub(channel)
         self.models = models_pb2_grpc.ModelServiceStub(channel)
         self.control = fleet_pb2_grpc.FleetServiceStub(channel)

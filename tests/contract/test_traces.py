@@ -94,7 +94,8 @@ ENDINGS = {
 
 async def play(mesh: Mesh, ending: str, request: pb.GenerateRequest) -> None:
     """Makes a call end in a way."""
-    timeout = 0.5 if ending in {"deadline", "never read"} else 20
+    # Long enough for a margin before it that is longer than a loaded machine may stall.
+    timeout = 2.0 if ending in {"deadline", "never read"} else 20
     call = mesh.client.Generate(request, timeout=timeout)
 
     async def read() -> None:
@@ -148,7 +149,9 @@ async def test_however_a_call_ends_each_span_ends_once_and_says_how(tmp_path: Pa
     provider.add_span_processor(counted)
     telemetry = Telemetry(provider.get_tracer("test"), provider)
     engine = ScriptedEngine(name="a", models=["m"])
-    async with Mesh(tmp_path, engine, telemetry=telemetry, retry={"max_attempts": 1}) as mesh:
+    async with Mesh(
+        tmp_path, engine, telemetry=telemetry, retry={"max_attempts": 1}, deadline_margin="1s"
+    ) as mesh:
         await play(mesh, ending, with_options(ask(SECRET, model="m"), **expected.options))
         await until(
             lambda: any(span.name == GENERATE and span.kind.name == "SERVER" for span in counted.spans)

@@ -9,6 +9,8 @@ import grpc.aio
 
 from forebay.fleet.v1 import fleet_pb2
 from forebay.kit.rpc import Edge, InFlight
+from forebay.orchestrator.activity import Activity
+from forebay.orchestrator.admission import Admission
 from forebay.orchestrator.config import BackendSettings, ScorerWeights
 from forebay.orchestrator.fleet.endpoint import Endpoint
 from forebay.orchestrator.fleet.feed import Feed
@@ -41,7 +43,14 @@ async def test_a_watch_whose_caller_left_ends_in_silence() -> None:
     nothing: Any = None  # neither a connection nor a probe is asked here
     fleet = Fleet([Member(endpoint=e, channel=nothing, probe=nothing) for e in endpoints], feed)
     router = Router(weights=ScorerWeights(), picker="best", source=source)
-    servicer = FleetServicer(fleet=fleet, router=router, default_model="", edge=Edge(InFlight()))
+    admission = Admission(queue=1, ageing=1.0, capacity=lambda pool: 1, clock=now)
+    servicer = FleetServicer(
+        fleet=fleet,
+        router=router,
+        default_model="",
+        edge=Edge(InFlight()),
+        activity=Activity(admission, clock=now),
+    )
     caller: Any = GoneCaller()
     await servicer.WatchBackends(fleet_pb2.WatchBackendsRequest(), caller)
     assert [message.backend.name for message in caller.written] == ["a"]

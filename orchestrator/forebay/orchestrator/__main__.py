@@ -17,6 +17,8 @@ async def serve(settings: OrchestratorSettings, telemetry: Telemetry) -> None:
     orchestrator = Orchestrator(settings, telemetry=telemetry)
     async with (
         orchestrator.fleet,
+        # Above the server, so that a drain can be watched.
+        orchestrator.dashboard(),
         serving(
             settings,
             inference=orchestrator.inference,

@@ -166,6 +166,16 @@ class Admission:
         """Calls that wait now."""
         return len(self._waiting)
 
+    @property
+    def permits(self) -> int:
+        """Most calls that run at once."""
+        return self._capacity(EVERYTHING)
+
+    @property
+    def oldest_wait(self) -> float | None:
+        """Seconds that the oldest of the waiting calls has waited; None if none waits."""
+        return self._clock() - self._waiting[0].arrived if self._waiting else None
+
     def depth(self) -> dict[Urgency, int]:
         """Returns how many calls wait, by urgency."""
         depth = dict.fromkeys(Urgency, 0)
@@ -263,6 +273,29 @@ class Admission:
         if self._plan is None:
             self._plan = self._forecast()
         return self._plan[ticket]
+
+    def prospect(self) -> float | None:
+        """Returns the seconds that an interactive call which came now would wait; None if that is not known.
+
+        It is that of a caller who had no call yet, with a model that is free.
+        """
+        if not self._waiting and len(self._running) < self.permits:
+            return 0.0
+        newcomer = Ticket(
+            urgency=Urgency.INTERACTIVE,
+            caller="",
+            pool=EVERYTHING,
+            cost=1.0,
+            size=0,
+            number=-1,
+            arrived=self._clock(),
+            on_turn=lambda: None,
+        )
+        self._waiting.append(newcomer)
+        try:
+            return self._forecast()[newcomer].seconds
+        finally:
+            self._waiting.pop()
 
     def full(self, pool: str) -> QueueFull:
         """Returns what to tell a call that there is no room for."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import random
 from collections.abc import Sequence
+from contextlib import AbstractAsyncContextManager, nullcontext
 
 import grpc.aio
 
@@ -13,6 +14,7 @@ from forebay.kit.channel import connect
 from forebay.kit.relay import Pairs
 from forebay.kit.rpc import Edge
 from forebay.kit.telemetry import Telemetry, off
+from forebay.orchestrator.activity import Activity
 from forebay.orchestrator.admission import Admission
 from forebay.orchestrator.budget import RetryBudget
 from forebay.orchestrator.clock import Clock
@@ -71,6 +73,7 @@ class Orchestrator:
             capacity=Capacity(self.fleet, unknown=settings.admission.concurrency, clock=self._clock),
             clock=self._clock,
         )
+        self.activity = Activity(self.admission, clock=self._clock)
         service = request_stack(
             settings,
             fleet=self.fleet,
@@ -83,6 +86,7 @@ class Orchestrator:
             weights=self.fleet.weights,
             times=self._times,
             telemetry=self._telemetry,
+            activity=self.activity,
         )
         show(self.fleet, self.admission, self._telemetry.metrics)
         self.inference = Engine(fleet=self.fleet, service=service, default_model=settings.default_model)
@@ -91,10 +95,23 @@ class Orchestrator:
     def register(self, server: grpc.aio.Server, edge: Edge) -> Sequence[str]:
         """Adds the fleet service to a server and returns its name."""
         servicer = FleetServicer(
-            fleet=self.fleet, router=self.router, default_model=self.settings.default_model, edge=edge
+            fleet=self.fleet,
+            router=self.router,
+            default_model=self.settings.default_model,
+            edge=edge,
+            activity=self.activity,
         )
         fleet_pb2_grpc.add_FleetServiceServicer_to_server(servicer, server)
         return [FLEET_SERVICE]
+
+    def dashboard(self) -> AbstractAsyncContextManager[object]:
+        """Serves the dashboard for the length of a block, if there is an address for it."""
+        if self.settings.web_address is None:
+            return nullcontext()
+        # Only here, for it needs an HTTP server that most orchestrators do without.
+        from forebay.orchestrator.web.server import serving  # noqa: PLC0415
+
+        return serving(self.settings, fleet=self.fleet, activity=self.activity, admission=self.admission)
 
     def _store(self, settings: CacheSettings) -> Store | None:
         if not settings.max_bytes:

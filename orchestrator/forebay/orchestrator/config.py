@@ -332,6 +332,42 @@ class OrchestratorSettings(ServerSettings):
         "better of two at random, which suits several orchestrators before the same backends.",
     )
     probe: ProbeSettings = Field(default_factory=ProbeSettings, description="How backends are watched.")
+    web_address: Address | None = Field(
+        default=None,
+        description="Address of the dashboard, such as `127.0.0.1:50350`: a page that shows backends, queue "
+        "and requests, and changes nothing. Unset has none. Where `address` uses TLS or asks for a token, so "
+        "does it. By convention its port is that of `address` plus 200.",
+    )
+    web_hosts: tuple[str, ...] = Field(
+        (),
+        description="Names by which the dashboard may be asked for, besides those of this machine. Any other "
+        "`Host` is refused, so that no web page can read it through a browser.",
+    )
+    trace_url: str = Field(
+        default="",
+        description="Where a request's trace is shown, such as `http://127.0.0.1:16686/trace/{trace_id}`. "
+        "The dashboard links there. Empty links nowhere.",
+    )
+
+    @model_validator(mode="after")
+    def _check_web(self) -> OrchestratorSettings:
+        address = self.web_address
+        if address is not None and address.startswith("unix:"):
+            raise ValueError(f"web_address {address}: a browser needs a port, not a socket")
+        guarded = self.tls_certificate is not None and (self.tls_client_roots or self.auth_token_digests)
+        if address is not None and not is_local(address) and not guarded and not self.insecure_listen:
+            raise ValueError(
+                f"web_address {address} can be reached from other machines, and the dashboard shows backends "
+                "and requests to whoever opens it: set tls_certificate, tls_key and auth_token_digests (or "
+                "tls_client_roots), or insecure_listen = true to serve it without protection"
+            )
+        is_link = re.match(r"https?://[^\s/]", self.trace_url)
+        if self.trace_url and not (is_link and "{trace_id}" in self.trace_url):
+            raise ValueError(
+                "trace_url begins with http:// or https:// and holds {trace_id}, such as "
+                "http://127.0.0.1:16686/trace/{trace_id}"
+            )
+        return self
 
     @model_validator(mode="after")
     def _check_backends(self) -> OrchestratorSettings:

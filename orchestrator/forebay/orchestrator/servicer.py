@@ -13,6 +13,7 @@ from forebay.fleet.v1 import fleet_pb2, fleet_pb2_grpc
 from forebay.kit.failure import CallerLeft, InvalidRequest
 from forebay.kit.pipeline import Request
 from forebay.kit.rpc import Edge, write
+from forebay.orchestrator.activity import Activity
 from forebay.orchestrator.fleet.fleet import Fleet
 from forebay.orchestrator.routing.router import Candidate, Router
 
@@ -21,6 +22,9 @@ FLEET_SERVICE = "forebay.fleet.v1.FleetService"
 WATCH_PAUSE = 0.05
 """Seconds between two rounds of changes to one watcher. Every call changes a count; twenty pictures a second
 are as many as a person can use."""
+
+INTERVAL_MIN, INTERVAL_MAX, INTERVAL_UNSET = 0.05, 60.0, 1.0
+"""Seconds between two messages of activity: at least, at most, and where the caller does not say."""
 
 # The stubs' type for a context names both stacks; only the aio one is ever given.
 Context = grpc.aio.ServicerContext[Any, Any]
@@ -34,13 +38,17 @@ class FleetServicer(fleet_pb2_grpc.FleetServiceServicer):
         router: decides between them; explanations ask the very one that routes.
         default_model: model of requests that name none.
         edge: what is around every call.
+        activity: the record of requests.
     """
 
-    def __init__(self, *, fleet: Fleet, router: Router, default_model: str, edge: Edge) -> None:
+    def __init__(
+        self, *, fleet: Fleet, router: Router, default_model: str, edge: Edge, activity: Activity
+    ) -> None:
         self._fleet = fleet
         self._router = router
         self._default_model = default_model
         self._edge = edge
+        self._activity = activity
 
     async def ListBackends(
         self, request: fleet_pb2.ListBackendsRequest, context: Context
@@ -86,6 +94,20 @@ class FleetServicer(fleet_pb2_grpc.FleetServiceServicer):
         async with self._edge.serve(context, f"{FLEET_SERVICE}/ExplainRoute"):
             return self._explain(request)
 
+    async def WatchActivity(  # type: ignore[override]  # stubs know only generators
+        self, request: fleet_pb2.WatchActivityRequest, context: Context
+    ) -> None:
+        """Streams what the orchestrator is doing, once per interval."""
+        # Only the check has an Edge, for a drain would wait for the watch.
+        async with self._edge.serve(context, f"{FLEET_SERVICE}/WatchActivity", is_routine=True):
+            interval = _interval(request)
+        watch = self._activity.watch()
+        with contextlib.suppress(CallerLeft):
+            while True:
+                # What a slow caller has not taken yet is not made: the next message tells what is then.
+                await write(context, watch.look())
+                await asyncio.sleep(interval)
+
     def _explain(self, request: fleet_pb2.ExplainRouteRequest) -> fleet_pb2.ExplainRouteResponse:
         kind = request.WhichOneof("kind")
         if kind is None:
@@ -107,17 +129,17 @@ class FleetServicer(fleet_pb2_grpc.FleetServiceServicer):
                 if candidate.refused_by:
                     refused.append(candidate)
                 else:
-                    answer.candidates.append(_candidate(candidate))
-        answer.candidates.extend(map(_candidate, refused))
+                    answer.candidates.append(candidate.to_proto())
+        answer.candidates.extend(each.to_proto() for each in refused)
         return answer
 
 
-def _candidate(candidate: Candidate) -> fleet_pb2.Candidate:
-    return fleet_pb2.Candidate(
-        backend=candidate.name,
-        refused_by=candidate.refused_by,
-        refusal_detail=candidate.detail,
-        scores=candidate.scores,
-        total_score=candidate.total,
-        model=candidate.spelling,
-    )
+def _interval(request: fleet_pb2.WatchActivityRequest) -> float:
+    if not request.HasField("interval"):
+        return INTERVAL_UNSET
+    # By its parts, for a value that is out of range has no other form.
+    seconds = request.interval.seconds + request.interval.nanos / 1e9
+    if not INTERVAL_MIN <= seconds <= INTERVAL_MAX:
+        text = f"give a time between {INTERVAL_MIN * 1000:.0f} ms and {INTERVAL_MAX:.0f} s"
+        raise InvalidRequest(f"interval: {text}", violations=[("interval", text)])
+    return seconds

@@ -17,6 +17,7 @@ from forebay.kit.layers.measure import Measure
 from forebay.kit.layers.watchdog import Watchdog
 from forebay.kit.pipeline import Layer, Service, stack
 from forebay.kit.telemetry import Telemetry, off
+from forebay.orchestrator.activity import Activity
 from forebay.orchestrator.admission import Admission
 from forebay.orchestrator.budget import RetryBudget
 from forebay.orchestrator.clock import Clock
@@ -51,6 +52,7 @@ def request_stack(
     weights: Callable[[str], str] = lambda model: "",
     times: FirstDeltas | None = None,
     telemetry: Telemetry | None = None,
+    activity: Activity | None = None,
 ) -> Service:
     """Returns the stack that every call goes down once.
 
@@ -66,23 +68,28 @@ def request_stack(
         weights: returns what is known of the weights behind a model's name.
         times: how long first deltas took lately. None knows of none.
         telemetry: of this process; None tells nobody.
+        activity: the record of requests; None keeps one that nobody reads.
     """
     watched_by = telemetry or off()
+    record = activity or Activity(admission)
     frameworks = {backend.name: backend.framework or backend.name for backend in settings.backends}
 
     def on_retry(failure: Failure) -> None:
         labels = {"forebay.backend": failure.metadata.get("backend", ""), "error.type": failure.reason}
         watched_by.metrics.add(metrics.RETRIES, labels)
+        record.retried()
 
     def on_decision(decision: Decision) -> None:
         chosen = decision.chosen.name if decision.chosen else ""
         labels = {"forebay.backend": chosen, "forebay.route.class": decision.traits.request_class}
         watched_by.metrics.add(metrics.DECISIONS, labels)
+        record.decided(decision)
 
     def on_lookup(lookup: Lookup) -> None:
         for result, count in (("hit", lookup.hits), ("miss", lookup.misses)):
             labels = {"forebay.cache": "replies", "forebay.cache.result": result}
             watched_by.metrics.add(metrics.CACHE, labels, count)
+        record.looked_up(lookup)
 
     caching: list[Layer] = []
     if store is not None:
@@ -102,12 +109,16 @@ def request_stack(
                 longest=settings.max_deadline,
                 weights=weights,
                 is_shared=settings.cache.shared,
+                on_join=record.joined,
             )
         )
     return stack(
         # Above all, so that its span covers every attempt and every wait, and tells the caller's time.
         lambda inner: Account(
-            inner, telemetry=watched_by, framework=lambda backend: frameworks.get(backend, metrics.OTHER)
+            inner,
+            telemetry=watched_by,
+            framework=lambda backend: frameworks.get(backend, metrics.OTHER),
+            activity=record,
         ),
         # Above all that waits, so that it bounds every wait, those between attempts included.
         lambda inner: Deadline(
@@ -118,13 +129,15 @@ def request_stack(
         ),
         *caching,
         # Above Fallback, so that a call keeps its place over its attempts.
-        lambda inner: Admit(inner, admission=admission),
+        lambda inner: Admit(inner, admission=admission, on_admitted=record.admitted),
         # Above Continue, so that it sees the reply as the caller does, spliced or not.
         Verify,
         # Above Fallback, so that whoever goes on with a broken reply is found as anyone is, with attempts and
         # a commit gate of its own: until the next part's first delta nothing tells the caller that there is
         # one. Below whatever holds a place for the call, which keeps it over the splice.
-        lambda inner: Continue(inner, settings=settings.retry, budget=budget, source=source),
+        lambda inner: Continue(
+            inner, settings=settings.retry, budget=budget, source=source, on_splice=record.spliced
+        ),
         # Above Route, so that each attempt is decided anew over the fleet as it then is. It holds the commit
         # gate, so nothing between it and the backend may keep a delta back.
         lambda inner: Fallback(
@@ -132,7 +145,13 @@ def request_stack(
         ),
         # Below Fallback, for two racers are one attempt: whichever answers first is the attempt's answer.
         # Above Route, so that each racer is routed by itself.
-        lambda inner: Hedge(inner, settings=settings.hedge, budget=budget, times=times or FirstDeltas()),
+        lambda inner: Hedge(
+            inner,
+            settings=settings.hedge,
+            budget=budget,
+            times=times or FirstDeltas(),
+            on_race=record.raced,
+        ),
         # At the bottom: what is below belongs to one backend.
         around=Route(fleet=fleet, router=router, on_decision=on_decision),
     )

@@ -16,6 +16,18 @@ _OPEN = frozenset({"/grpc.health.v1.Health/Check", "/grpc.health.v1.Health/Watch
 """Methods anyone may call: a load balancer has no token, and health says nothing of anyone."""
 
 
+def encoded(digests: Sequence[str]) -> list[bytes]:
+    """Returns digests as `is_known` takes them."""
+    return [digest.encode() for digest in digests]
+
+
+def is_known(token: str, digests: Sequence[bytes]) -> bool:
+    """Returns whether a token has one of the digests."""
+    digest = hashlib.sha256(token.encode()).hexdigest().encode()
+    # Every digest is compared, in constant time each, so that time tells nothing.
+    return any([hmac.compare_digest(digest, known) for known in digests])  # noqa: C419
+
+
 class TokenGuard(grpc.aio.ServerInterceptor):
     """Refuses calls without one of the configured tokens.
 
@@ -24,7 +36,7 @@ class TokenGuard(grpc.aio.ServerInterceptor):
     """
 
     def __init__(self, digests: Sequence[str]) -> None:
-        self._digests = [digest.encode() for digest in digests]
+        self._digests = encoded(digests)
 
     async def intercept_service(
         self,
@@ -39,9 +51,7 @@ class TokenGuard(grpc.aio.ServerInterceptor):
     def _may_pass(self, details: grpc.HandlerCallDetails) -> bool:
         for key, value in details.invocation_metadata or ():
             if key == "authorization" and isinstance(value, str) and value.startswith("Bearer "):
-                digest = hashlib.sha256(value.removeprefix("Bearer ").encode()).hexdigest().encode()
-                # Every digest is compared, in constant time each, so that time tells nothing.
-                return any([hmac.compare_digest(digest, known) for known in self._digests])  # noqa: C419
+                return is_known(value.removeprefix("Bearer "), self._digests)
         return False
 
 

@@ -7,7 +7,7 @@ of any attempt. From the first delta on the client has part of an answer.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 
 from forebay.inference.v1 import inference_pb2 as pb
 from forebay.kit.pipeline import Event, Send
@@ -30,18 +30,20 @@ class CommitGate:
         self.committed = False
         """Whether the client may have part of an answer."""
 
-    async def __call__(self, event: Event) -> None:
+    def __call__(self, event: Event) -> Awaitable[None]:
         """Takes the next event of the attempt."""
-        if not self.committed:
-            kind = event.WhichOneof("event") if isinstance(event, pb.GenerateResponse) else "answer"
-            if kind == "started":
-                self._held.append(event)
-                return
-            if kind != "progress":
-                # Before the send and not after it: a send that is cancelled may have arrived.
-                self.committed = True
-                if self._on_commit is not None:
-                    self._on_commit()
-                for held in self._held:
-                    await self._send(held)
+        return self._send(event) if self.committed else self._decide(event)
+
+    async def _decide(self, event: Event) -> None:
+        kind = event.WhichOneof("event") if isinstance(event, pb.GenerateResponse) else "answer"
+        if kind == "started":
+            self._held.append(event)
+            return
+        if kind != "progress":
+            # Before the send and not after it: a send that is cancelled may have arrived.
+            self.committed = True
+            if self._on_commit is not None:
+                self._on_commit()
+            for held in self._held:
+                await self._send(held)
         await self._send(event)

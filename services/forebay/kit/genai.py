@@ -7,7 +7,7 @@ was answered is never among them, and no switch here adds it.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
 
 from google.protobuf import duration_pb2
@@ -103,16 +103,33 @@ class Watched:
         """The model that answered."""
         self.finished: pb.Finished | None = None
         self.degradations: list[pb.Degradation] = []
+        self.delta_count = 0
+        """Deltas so far."""
+        self.continued: pb.Continued | None = None
+        """The last news that another backend goes on with the reply."""
+        self.continuation_count = 0
+        """How many there were."""
+        self.on_progress: Callable[[pb.Progress], None] | None = None
+        """Told of progress."""
         self._last_delta = 0.0
         self._token_count = 0
         self._first_token_count = 0
         self._stage = pb.Progress.STAGE_UNSPECIFIED
 
-    async def __call__(self, event: Event) -> None:
+    def __call__(self, event: Event) -> Awaitable[None]:
         """Notes an event and passes it on."""
-        self.note(event)
         assert self._send is not None, "an answer that is only noted is not sent"
-        await self._send(event)
+        # A delta after the first, of which there are thousands a second, is noted in as few steps as can be.
+        if (
+            self.first_delta is not None
+            and isinstance(event, pb.GenerateResponse)
+            and event.HasField("delta")
+        ):
+            self._last_delta = self._clock() - self.began
+            self._token_count += event.delta.token_count
+        else:
+            self.note(event)
+        return self._send(event)
 
     def note(self, event: Event) -> None:
         """Notes an event."""
@@ -123,6 +140,7 @@ class Watched:
         if kind == "delta":
             self._last_delta = self.elapsed()
             self._token_count += event.delta.token_count
+            self.delta_count += 1
             if self.first_delta is None:
                 self.first_delta = self._last_delta
                 self._first_token_count = event.delta.token_count
@@ -134,11 +152,16 @@ class Watched:
             self.degradations = list(event.started.degradations)
         elif kind == "finished":
             self.finished = event.finished
+        elif kind == "continued":
+            self.continued = event.continued
+            self.continuation_count += 1
 
     def _answered(self, backend: str, model: str) -> None:
         self.backend, self.model = backend, model
 
     def _progress(self, progress: pb.Progress) -> None:
+        if self.on_progress is not None:
+            self.on_progress(progress)
         # A place in the queue, and a fraction read, change many times; that a stage began is the story.
         if progress.stage == self._stage or progress.stage not in _STAGES:
             return
@@ -161,11 +184,16 @@ class Watched:
         return told or self._token_count
 
     @property
+    def writing_seconds(self) -> float:
+        """Seconds from the first delta to the last one so far."""
+        return 0.0 if self.first_delta is None else self._last_delta - self.first_delta
+
+    @property
     def tokens_per_second(self) -> float | None:
         """Tokens after the first delta in a second; None if there were too few to tell."""
         tokens = self.output_token_count - self._first_token_count
-        seconds = self._last_delta - (self.first_delta or 0.0)
-        return tokens / seconds if self.first_delta is not None and tokens > 0 and seconds > 0 else None
+        seconds = self.writing_seconds
+        return tokens / seconds if tokens > 0 and seconds > 0 else None
 
     def describe(self) -> None:
         """Writes onto the span what is known of the answer."""
@@ -262,7 +290,12 @@ def _count_tokens(found: Metrics, model: str, watched: Watched) -> None:
 
 @contextmanager
 def requested(
-    telemetry: Telemetry, call: Call[Request], send: Send, *, framework: Callable[[str], str]
+    telemetry: Telemetry,
+    call: Call[Request],
+    send: Send,
+    *,
+    framework: Callable[[str], str],
+    clock: Callable[[], float] = time.monotonic,
 ) -> Iterator[Watched]:
     """Gives a request its span, which covers all attempts on it, and measures it.
 
@@ -271,13 +304,16 @@ def requested(
         call: the request.
         send: where events go.
         framework: returns the framework behind a backend.
+        clock: gives the time in seconds.
     """
     request = call.request
-    attributes = request_attributes(request) | {"forebay.request.id": call.request_id}
+    attributes: dict[str, str | bool | int | float] = {}
+    if telemetry.enabled:
+        attributes = request_attributes(request) | {"forebay.request.id": call.request_id}
     name = f"{operation(request)} {model_name(request.model)}"
     ending = Ending()
     with traced(telemetry.tracer, name, SpanKind.CLIENT, attributes) as span:
-        watched = Watched(span, send)
+        watched = Watched(span, send, clock=clock)
         try:
             yield watched
         except BaseException as error:
@@ -320,15 +356,17 @@ def attempted(
         address: where it listens.
     """
     method = f"forebay.inference.v1.InferenceService/{_METHODS[type(call.request)]}"
-    attributes = {
-        "rpc.system.name": "grpc",
-        "rpc.method": method,
-        "gen_ai.request.model": model_name(call.request.model),
-        "forebay.request.id": call.request_id,
-        "forebay.attempt": len(call.tried) + 1,
-        "forebay.backend": backend,
-        **_place(address),
-    }
+    attributes: dict[str, str | int] = {}
+    if telemetry.enabled:
+        attributes = {
+            "rpc.system.name": "grpc",
+            "rpc.method": method,
+            "gen_ai.request.model": model_name(call.request.model),
+            "forebay.request.id": call.request_id,
+            "forebay.attempt": len(call.tried) + 1,
+            "forebay.backend": backend,
+            **_place(address),
+        }
     ending = Ending()
     found = telemetry.metrics
     with traced(telemetry.tracer, method, SpanKind.CLIENT, attributes) as span:

@@ -19,11 +19,12 @@ from dataclasses import dataclass
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Literal, TypeAlias
-from urllib.parse import urlsplit
 
 from opentelemetry.metrics import CallbackOptions, Meter, NoOpMeterProvider, Observation
 from prometheus_client import CollectorRegistry
 from prometheus_client.exposition import CONTENT_TYPE_LATEST, generate_latest
+
+from forebay.kit.hosts import is_ours
 
 logger = logging.getLogger(__name__)
 
@@ -345,19 +346,12 @@ class _Handler(BaseHTTPRequestHandler):
 
     def do_GET(self) -> None:
         """Answers a scrape."""
-        if self.headers.get("Origin") is not None or not self._is_host_ours():
+        if self.headers.get("Origin") is not None or not is_ours(self.headers.get("Host", ""), self.hosts):
             self._answer(HTTPStatus.FORBIDDEN, b"this page is for scrapers of this machine\n")
         elif self.path.partition("?")[0] != "/metrics":
             self._answer(HTTPStatus.NOT_FOUND, b"there is only /metrics\n")
         else:
             self._answer(HTTPStatus.OK, generate_latest(self.registry), CONTENT_TYPE_LATEST)
-
-    def _is_host_ours(self) -> bool:
-        try:
-            host = urlsplit(f"//{self.headers.get('Host', '')}").hostname
-        except ValueError:
-            return False
-        return host in {"localhost", "127.0.0.1", "::1"} or host in self.hosts
 
     def _answer(self, status: HTTPStatus, body: bytes, content_type: str = "text/plain") -> None:
         self.send_response(status)

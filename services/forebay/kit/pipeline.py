@@ -12,10 +12,10 @@ from __future__ import annotations
 
 import asyncio
 import uuid
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Coroutine
 from dataclasses import dataclass, field, replace
 from enum import IntEnum
-from typing import Generic, Protocol, TypeAlias, TypeVar
+from typing import Any, Generic, Protocol, TypeAlias, TypeVar
 
 from forebay.inference.v1 import inference_pb2 as pb
 
@@ -95,6 +95,11 @@ class Call(Generic[Request_co]):
         return replace(self, **changes)  # type: ignore[arg-type]  # dataclass checks the names
 
 
+Serving: TypeAlias = Coroutine[Any, Any, None]
+"""A call that is being served. A layer that has nothing to do for it gives on the inner service's own, for
+each event wakes every coroutine between the edge and the backend."""
+
+
 class Service(Protocol):
     """Serves a call, pushing its events to `send`, and returns when it is done.
 
@@ -102,7 +107,7 @@ class Service(Protocol):
         forebay.kit.failure.Failure: the call failed; what was sent is a prefix of an answer.
     """
 
-    async def __call__(self, call: Call[Request], send: Send) -> None:
+    def __call__(self, call: Call[Request], send: Send) -> Serving:
         """Serves one call."""
 
 

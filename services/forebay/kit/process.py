@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import contextlib
+import gc
 import logging
 import os
 import signal
@@ -100,6 +101,10 @@ def _telemetry(service: str, settings: ServerSettings, wanted: TelemetrySettings
 
 
 async def _serve(served: Awaitable[None]) -> None:
+    # What was imported stays for ever. A full collection would walk all of it, for tens of milliseconds, in
+    # the middle of somebody's reply.
+    gc.collect()
+    gc.freeze()
     # From the first moment on: a supervisor may change its mind before the port is bound.
     async with stop_requests() as stopped:
         _STOPPED.set(stopped)

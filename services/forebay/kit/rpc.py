@@ -58,6 +58,9 @@ AnswerT = TypeVar("AnswerT", bound=Message)
 
 _SILENT = kit_telemetry.off()
 
+_GONE = (grpc.aio.InternalError, grpc.aio.UsageError, asyncio.InvalidStateError)
+"""What a write raises when there is nobody to write to any more."""
+
 # The stubs' type for a context names both stacks; only the aio one is ever given.
 Context = grpc.aio.ServicerContext[Any, Any]
 
@@ -256,11 +259,15 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
             numbered = cast("pb.GenerateResponse", event)
             numbered.sequence = sequence
             sequence += 1
-            queued = numbered.progress.stage == pb.Progress.STAGE_QUEUED
-            if queued != is_waiting:
-                is_waiting = queued
-                await waits(queued)
-            await write(context, numbered)
+            if is_waiting or numbered.HasField("progress"):
+                queued = numbered.progress.stage == pb.Progress.STAGE_QUEUED
+                if queued != is_waiting:
+                    is_waiting = queued
+                    await waits(queued)
+            try:  # as in `write`, without another coroutine for each event
+                await context.write(numbered)
+            except _GONE as error:
+                raise CallerLeft("the caller left") from error
 
         async with (
             self._edge.serve(context, f"{INFERENCE_SERVICE}/Generate") as span,
@@ -412,7 +419,7 @@ async def write(context: Context, event: Message) -> None:
     """
     try:
         await context.write(event)
-    except (grpc.aio.InternalError, grpc.aio.UsageError, asyncio.InvalidStateError) as error:
+    except _GONE as error:
         raise CallerLeft("the caller left") from error
 
 

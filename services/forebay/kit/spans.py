@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import TypeAlias
 
 from opentelemetry import trace
-from opentelemetry.trace import Span, SpanKind, Status, StatusCode, Tracer
+from opentelemetry.trace import INVALID_SPAN, NoOpTracer, Span, SpanKind, Status, StatusCode, Tracer
 
 from forebay.kit.failure import CallerLeft, Failure, Fault
 
@@ -66,6 +66,10 @@ def traced(
         is_current: whether spans made in the block are its children. False where the block may be left in
             another task than it was entered in.
     """
+    if isinstance(tracer, NoOpTracer):
+        # Nobody sees it, so nobody pays for it. The caller's context stays the current one and goes on.
+        yield INVALID_SPAN
+        return
     span = tracer.start_span(
         name, kind=kind, attributes=dict(attributes), record_exception=False, set_status_on_exception=False
     )

@@ -28,6 +28,10 @@ class Watcher:
     async def next(self) -> list[str]:
         """Waits for changes, and returns the backends that changed since the last call, oldest first."""
         await self._wake.wait()
+        return self.take()
+
+    def take(self) -> list[str]:
+        """Returns the backends that changed since the last call, oldest first, and waits for none."""
         self._wake.clear()
         changed, self._changed = list(self._changed), {}
         return changed

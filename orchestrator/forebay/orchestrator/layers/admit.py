@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 
 from opentelemetry import trace
@@ -168,7 +168,7 @@ class _Meter:
         self.loading = 0.0
         """Seconds in which the model was loaded."""
 
-    async def __call__(self, event: Event) -> None:
+    def __call__(self, event: Event) -> Awaitable[None]:
         if isinstance(event, pb.GenerateResponse):
             if event.HasField("finished"):
                 usage = event.finished.usage
@@ -177,7 +177,7 @@ class _Meter:
                 self._measure(usage)
         elif isinstance(event, pb.EmbedResponse):
             self._measure(event.usage)
-        await self._send(event)
+        return self._send(event)
 
     def _measure(self, usage: pb.Usage) -> None:
         # Frameworks that tell no usage leave zeros; what was expected is better than that.

@@ -12,7 +12,7 @@ from opentelemetry import trace
 
 from forebay.inference.v1 import inference_pb2 as pb
 from forebay.kit.failure import Draining, Failure, Internal
-from forebay.kit.pipeline import Call, Event, Request, Send, Service
+from forebay.kit.pipeline import Call, Event, Request, Send, Service, Serving
 from forebay.orchestrator import replies
 
 WINDOW = 64
@@ -70,16 +70,18 @@ class Coalesce:
     def __repr__(self) -> str:
         return f"<Coalesce {len(self._flights)} flights>"
 
-    async def __call__(self, call: Call[Request], send: Send) -> None:
+    def __call__(self, call: Call[Request], send: Send) -> Serving:
         """Serves a call.
 
         Raises:
             Draining: the orchestrator stopped in the middle of the reply.
         """
         request = call.request
-        if not isinstance(request, pb.GenerateRequest) or not self._may_share(request):
-            await self._inner(call, send)
-            return
+        if isinstance(request, pb.GenerateRequest) and self._may_share(request):
+            return self._share(call, request, send)
+        return self._inner(call, send)
+
+    async def _share(self, call: Call[Request], request: pb.GenerateRequest, send: Send) -> None:
         # Urgency is part of the key: an urgent call must not wait in a less urgent one's place.
         caller = "" if self._is_shared else f"caller {call.caller}"
         key = replies.reply_key(

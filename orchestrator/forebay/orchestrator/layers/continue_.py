@@ -22,7 +22,7 @@ from opentelemetry import trace
 
 from forebay.inference.v1 import inference_pb2 as pb
 from forebay.kit.failure import Failure, StreamInterrupted, StreamStalled
-from forebay.kit.pipeline import Call, Event, Request, Resumption, Send, Service
+from forebay.kit.pipeline import Call, Event, Request, Resumption, Send, Service, Serving
 from forebay.orchestrator.backoff import Backoff
 from forebay.orchestrator.budget import RetryBudget
 from forebay.orchestrator.config import RetrySettings
@@ -58,7 +58,7 @@ class Continue:
         self._source = source
         self._on_splice = on_splice
 
-    async def __call__(self, call: Call[Request], send: Send) -> None:
+    def __call__(self, call: Call[Request], send: Send) -> Serving:
         """Serves a call.
 
         Raises:
@@ -66,9 +66,11 @@ class Continue:
             Failure: as the layers below say.
         """
         request = call.request
-        if not isinstance(request, pb.GenerateRequest) or request.routing.continuation not in CONTINUING:
-            await self._inner(call, send)
-            return
+        if isinstance(request, pb.GenerateRequest) and request.routing.continuation in CONTINUING:
+            return self._serve(call, request, send)
+        return self._inner(call, send)
+
+    async def _serve(self, call: Call[Request], request: pb.GenerateRequest, send: Send) -> None:
         reply = _Reply(request, send)
         lost = await self._begin(call, reply)
         left = self._most_attempts(request) - 1

@@ -19,7 +19,7 @@ from opentelemetry import trace
 from forebay.inference.v1 import inference_pb2 as pb
 from forebay.kit.commit import CommitGate
 from forebay.kit.failure import Failure
-from forebay.kit.pipeline import Call, Event, Request, Send, Service
+from forebay.kit.pipeline import Call, Event, Request, Send, Service, Serving
 from forebay.orchestrator.budget import RetryBudget
 from forebay.orchestrator.config import HedgeSettings
 
@@ -83,7 +83,7 @@ class Hedge:
         self._times = times
         self._on_race = on_race
 
-    async def __call__(self, call: Call[Request], send: Send) -> None:
+    def __call__(self, call: Call[Request], send: Send) -> Serving:
         """Serves a call.
 
         Raises:
@@ -91,9 +91,9 @@ class Hedge:
                 raised at once, and whoever is above tries again at once.
         """
         delay = self._delay(call)
-        if delay is None:
-            await self._inner(call, send)
-            return
+        return self._inner(call, send) if delay is None else self._serve(call, send, delay)
+
+    async def _serve(self, call: Call[Request], send: Send, delay: float) -> None:
         runners = _Runners(self._inner, call, send)
         try:
             await runners.run(delay, may_race=self._budget.withdraw)

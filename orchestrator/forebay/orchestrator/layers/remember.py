@@ -10,7 +10,7 @@ from opentelemetry import trace
 
 from forebay.inference.v1 import inference_pb2 as pb
 from forebay.kit.failure import BrokenStream
-from forebay.kit.pipeline import Call, Event, Request, Send, Service
+from forebay.kit.pipeline import Call, Event, Request, Send, Service, Serving
 from forebay.orchestrator import replies
 from forebay.orchestrator.replies import Recording, Store
 
@@ -53,17 +53,15 @@ class Remember:
         self._is_shared = is_shared
         self._on_lookup = on_lookup
 
-    async def __call__(self, call: Call[Request], send: Send) -> None:
+    def __call__(self, call: Call[Request], send: Send) -> Serving:
         """Serves a call."""
         request = call.request
-        if not replies.is_asked_for(request):
-            await self._inner(call, send)
-        elif isinstance(request, pb.GenerateRequest) and replies.is_repeatable(request):
-            await self._generate(call, request, send)
-        elif isinstance(request, pb.EmbedRequest):
-            await self._embed(call, request, send)
-        else:
-            await self._inner(call, send)
+        if replies.is_asked_for(request):
+            if isinstance(request, pb.GenerateRequest) and replies.is_repeatable(request):
+                return self._generate(call, request, send)
+            if isinstance(request, pb.EmbedRequest):
+                return self._embed(call, request, send)
+        return self._inner(call, send)
 
     async def _generate(self, call: Call[Request], request: pb.GenerateRequest, send: Send) -> None:
         key = replies.reply_key(request, caller=self._caller(call), weights=self._weights(request.model))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from typing import Protocol
 
 from opentelemetry import trace
@@ -84,7 +84,7 @@ class _Check:
         self._chosen = chosen
         self._send = send
 
-    async def __call__(self, event: Event) -> None:
+    def __call__(self, event: Event) -> Awaitable[None]:
         if isinstance(event, pb.GenerateResponse):
             if event.HasField("started"):
                 self._name(event.started)
@@ -92,7 +92,7 @@ class _Check:
                 self._weigh(event.started)
         else:
             self._name(event)
-        await self._send(event)
+        return self._send(event)
 
     def _name(self, answer: pb.Started | pb.EmbedResponse | pb.CountTokensResponse) -> None:
         asked = self._chosen.spelling

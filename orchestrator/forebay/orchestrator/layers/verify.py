@@ -8,7 +8,7 @@ tell what a backend claims, and this what it did.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterator
 from typing import Any
 
 from jsonschema import exceptions, validators
@@ -17,8 +17,8 @@ from referencing.exceptions import Unresolvable
 
 from forebay.inference.v1 import inference_pb2 as pb
 from forebay.kit.failure import FormatViolated, InvalidRequest, PromptTruncated
-from forebay.kit.pipeline import Call, Event, Request, Send, Service
-from forebay.orchestrator.routing.classify import classify
+from forebay.kit.pipeline import Call, Event, Request, Send, Service, Serving
+from forebay.orchestrator.routing.classify import MOST_CHARACTERS_PER_TOKEN, classify
 
 _FIELD = "output_format.json_schema"
 
@@ -36,7 +36,7 @@ class Verify:
     def __init__(self, inner: Service) -> None:
         self._inner = inner
 
-    async def __call__(self, call: Call[Request], send: Send) -> None:
+    def __call__(self, call: Call[Request], send: Send) -> Serving:
         """Serves a call.
 
         Raises:
@@ -45,9 +45,11 @@ class Verify:
             PromptTruncated: fewer prompt tokens were read than the prompt has at the very least.
         """
         request = call.request
-        if not isinstance(request, pb.GenerateRequest):
-            await self._inner(call, send)
-            return
+        if isinstance(request, pb.GenerateRequest):
+            return self._serve(call, request, send)
+        return self._inner(call, send)
+
+    async def _serve(self, call: Call[Request], request: pb.GenerateRequest, send: Send) -> None:
         check = _Check(request, send)
         await self._inner(call, check)
         await check.end()
@@ -63,9 +65,7 @@ class _Check:
     def __init__(self, request: pb.GenerateRequest, send: Send) -> None:
         accepted = request.accepted_degradations
         self._send = send
-        self._least_tokens = 0
-        if pb.DEGRADATION_KIND_PROMPT_TRUNCATED not in accepted:
-            self._least_tokens = classify(request).least_tokens
+        self._request = request
         self._fault: Fault | None = None
         if pb.DEGRADATION_KIND_FORMAT_NOT_ENFORCED not in accepted:
             self._fault = _fault_of(request.output_format)
@@ -73,7 +73,7 @@ class _Check:
         self._backend = ""
         self._finished: pb.GenerateResponse | None = None
 
-    async def __call__(self, event: Event) -> None:
+    def __call__(self, event: Event) -> Awaitable[None]:
         if isinstance(event, pb.GenerateResponse):
             match event.WhichOneof("event"):
                 case "started":
@@ -85,8 +85,8 @@ class _Check:
                         self._text.append(event.delta.text)
                 case "finished":
                     self._finished = event
-                    return
-        await self._send(event)
+                    return _nothing()
+        return self._send(event)
 
     async def end(self) -> None:
         """Sends the end of the reply, if it deserves that."""
@@ -96,14 +96,15 @@ class _Check:
 
     def _check(self, finished: pb.Finished) -> None:
         read = finished.usage.prompt_token_count
-        if 0 < read < self._least_tokens:
+        least = self._least_tokens(read)
+        if 0 < read < least:
             raise PromptTruncated(
                 f"backend {self._backend} read {read} tokens of a prompt that has at least "
-                f"{self._least_tokens}; load the model with a larger context",
+                f"{least}; load the model with a larger context",
                 metadata={
                     "backend": self._backend,
                     "prompt_token_count": str(read),
-                    "least_token_count": str(self._least_tokens),
+                    "least_token_count": str(least),
                 },
             )
         # A reply that was cut by a limit or turned into tool calls says so itself.
@@ -121,6 +122,20 @@ class _Check:
                 f"the reply of backend {self._backend} violates {keyword!r} of the format that was asked for",
                 metadata={"backend": self._backend, "keyword": keyword},
             )
+
+    def _least_tokens(self, read: int) -> int:
+        """Returns how many tokens must have been read; 0 where they certainly were, or need not be."""
+        request = self._request
+        # A character is a byte at least, so most replies need no count of the characters.
+        if read * MOST_CHARACTERS_PER_TOKEN >= request.ByteSize():
+            return 0
+        if pb.DEGRADATION_KIND_PROMPT_TRUNCATED in request.accepted_degradations:
+            return 0
+        return classify(request).least_tokens
+
+
+async def _nothing() -> None:
+    """Is awaited in place of a send."""
 
 
 def _fault_of(output_format: pb.OutputFormat) -> Fault | None:

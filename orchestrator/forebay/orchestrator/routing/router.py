@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from datetime import timedelta
 from typing import TypeAlias
 
+from forebay.fleet.v1 import fleet_pb2
 from forebay.inference.v1 import inference_pb2 as pb
 from forebay.kit.failure import (
     BackendNotFound,
@@ -65,6 +66,17 @@ class Candidate:
     def spelling(self) -> str:
         """The model's name as the backend spells it. Empty if it has no such model."""
         return self.model.id if self.model is not None else ""
+
+    def to_proto(self) -> fleet_pb2.Candidate:
+        """Returns it as clients see it."""
+        return fleet_pb2.Candidate(
+            backend=self.name,
+            refused_by=self.refused_by,
+            refusal_detail=self.detail,
+            scores=self.scores,
+            total_score=self.total,
+            model=self.spelling,
+        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

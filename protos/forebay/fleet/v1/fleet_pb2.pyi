@@ -589,7 +589,9 @@ class WatchActivityResponse(google.protobuf.message.Message):
     TOTALS_FIELD_NUMBER: builtins.int
     SKIPPED_REQUEST_COUNT_FIELD_NUMBER: builtins.int
     skipped_request_count: builtins.int
-    """Ended requests that were forgotten before they could be sent."""
+    """Ended requests that were forgotten since the last message, before they could
+    be sent.
+    """
     @property
     def observe_time(self) -> google.protobuf.timestamp_pb2.Timestamp:
         """When it was seen."""
@@ -600,7 +602,7 @@ class WatchActivityResponse(google.protobuf.message.Message):
 
     @property
     def active_requests(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[Global___RequestActivity]:
-        """Requests in progress, oldest first."""
+        """Requests in progress, oldest first, and at most 512 of them."""
 
     @property
     def ended_requests(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[Global___RequestActivity]:
@@ -639,6 +641,7 @@ class Queue(google.protobuf.message.Message):
     WAITING_BATCH_COUNT_FIELD_NUMBER: builtins.int
     OLDEST_WAIT_DURATION_FIELD_NUMBER: builtins.int
     EXPECTED_WAIT_DURATION_FIELD_NUMBER: builtins.int
+    WAITING_NORMAL_COUNT_FIELD_NUMBER: builtins.int
     admitted_count: builtins.int
     """Requests admitted and not ended."""
     permit_count: builtins.int
@@ -647,6 +650,8 @@ class Queue(google.protobuf.message.Message):
     """Interactive requests that wait."""
     waiting_batch_count: builtins.int
     """Batch requests that wait."""
+    waiting_normal_count: builtins.int
+    """Requests of normal priority that wait."""
     @property
     def oldest_wait_duration(self) -> google.protobuf.duration_pb2.Duration:
         """Time the oldest of them has waited. Unset if none waits."""
@@ -664,9 +669,10 @@ class Queue(google.protobuf.message.Message):
         waiting_batch_count: builtins.int = ...,
         oldest_wait_duration: google.protobuf.duration_pb2.Duration | None = ...,
         expected_wait_duration: google.protobuf.duration_pb2.Duration | None = ...,
+        waiting_normal_count: builtins.int = ...,
     ) -> None: ...
     def HasField(self, field_name: typing.Literal["expected_wait_duration", b"expected_wait_duration", "oldest_wait_duration", b"oldest_wait_duration"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["admitted_count", b"admitted_count", "expected_wait_duration", b"expected_wait_duration", "oldest_wait_duration", b"oldest_wait_duration", "permit_count", b"permit_count", "waiting_batch_count", b"waiting_batch_count", "waiting_interactive_count", b"waiting_interactive_count"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["admitted_count", b"admitted_count", "expected_wait_duration", b"expected_wait_duration", "oldest_wait_duration", b"oldest_wait_duration", "permit_count", b"permit_count", "waiting_batch_count", b"waiting_batch_count", "waiting_interactive_count", b"waiting_interactive_count", "waiting_normal_count", b"waiting_normal_count"]) -> None: ...
 
 Global___Queue: typing_extensions.TypeAlias = Queue
 
@@ -687,11 +693,11 @@ class RequestActivity(google.protobuf.message.Message):
         PHASE_QUEUED: RequestActivity._Phase.ValueType  # 1
         """Waits in the queue."""
         PHASE_ROUTING: RequestActivity._Phase.ValueType  # 2
-        """A backend is being chosen, or an attempt begins."""
+        """A backend is being chosen."""
         PHASE_LOADING: RequestActivity._Phase.ValueType  # 3
         """Its model is being loaded."""
         PHASE_PREFILL: RequestActivity._Phase.ValueType  # 4
-        """Its prompt is being evaluated."""
+        """A backend has it, and evaluates its prompt as far as it tells."""
         PHASE_DECODE: RequestActivity._Phase.ValueType  # 5
         """Its reply is being generated."""
         PHASE_SUCCEEDED: RequestActivity._Phase.ValueType  # 6
@@ -709,11 +715,11 @@ class RequestActivity(google.protobuf.message.Message):
     PHASE_QUEUED: RequestActivity.Phase.ValueType  # 1
     """Waits in the queue."""
     PHASE_ROUTING: RequestActivity.Phase.ValueType  # 2
-    """A backend is being chosen, or an attempt begins."""
+    """A backend is being chosen."""
     PHASE_LOADING: RequestActivity.Phase.ValueType  # 3
     """Its model is being loaded."""
     PHASE_PREFILL: RequestActivity.Phase.ValueType  # 4
-    """Its prompt is being evaluated."""
+    """A backend has it, and evaluates its prompt as far as it tells."""
     PHASE_DECODE: RequestActivity.Phase.ValueType  # 5
     """Its reply is being generated."""
     PHASE_SUCCEEDED: RequestActivity.Phase.ValueType  # 6
@@ -786,7 +792,9 @@ class RequestActivity(google.protobuf.message.Message):
 
     @property
     def candidates(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[Global___Candidate]:
-        """The last decision of the router for it, best first, the refused last."""
+        """The last decision of the router for it, best first, the refused last. Empty
+        if there was none, or if the message would become too large.
+        """
 
     def __init__(
         self,

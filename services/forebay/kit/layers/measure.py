@@ -120,9 +120,9 @@ class _Meter:
         return self._clock() - self._since
 
     async def __call__(self, event: Event) -> None:
-        if isinstance(event, pb.GenerateResponse):
-            self._note(event)
         before = self._clock()
+        if isinstance(event, pb.GenerateResponse):
+            self._note(event, before)
         try:
             await self._send(event)
         except BaseException:
@@ -131,10 +131,10 @@ class _Meter:
         finally:
             self._since += self._clock() - before
 
-    def _note(self, event: pb.GenerateResponse) -> None:
+    def _note(self, event: pb.GenerateResponse, now: float) -> None:
         kind = event.WhichOneof("event")
         if kind == "delta":
-            self.last_delta = self.elapsed()
+            self.last_delta = now - self._since
             self.token_count += event.delta.token_count
             if self.first_delta is None:
                 self.first_delta = self.last_delta

@@ -43,29 +43,25 @@ class Watchdog:
             FirstEventTimeout: the service was silent before the first delta.
             StreamStalled: it fell silent after it.
         """
-        clock = asyncio.get_running_loop().time
-        answered = False
-
-        def due() -> float | None:
-            limit = self._between if answered else self._first
-            return None if limit is None else clock() + limit.total_seconds()
+        silence = _Silence(self._first, self._between)
 
         async def watched(event: Event) -> None:
-            nonlocal answered
             if alarm.expired():  # a sign of life that comes too late: the call is being ended
-                raise self._failure(answered)
-            alarm.reschedule(None)
-            answered = answered or not _is_preparation(event)
+                raise self._failure(silence.answered)
+            silence.interrupt(event)
             await send(event)
-            alarm.reschedule(due())
+            silence.begin()
 
         try:
-            async with asyncio.timeout_at(due()) as alarm:
+            async with asyncio.timeout(None) as alarm:
+                silence.watch(alarm)
                 await self._inner(call, watched)
         except Exception as error:
             if alarm.expired():  # whatever the clean-up made of the cancellation, the silence caused it
-                raise self._failure(answered) from error
+                raise self._failure(silence.answered) from error
             raise
+        finally:
+            silence.forget()
 
     def _failure(self, answered: bool) -> Failure:
         limit = self._between if answered else self._first
@@ -75,6 +71,67 @@ class Watchdog:
         return kind(
             f"the backend was silent for {seconds:g} s {where}", metadata={"silence_seconds": f"{seconds:g}"}
         )
+
+
+_GRAIN = 1e-6
+"""Seconds by which a timer may ring too early, for sums of floats are not exact."""
+
+
+class _Silence:
+    """How long a service has been silent, and the timer that ends the call when that is too long.
+
+    The timer is not moved with every event, of which there are thousands a
+    second: when it rings, it looks how long ago the last one was.
+    """
+
+    def __init__(self, first: timedelta | None, between: timedelta | None) -> None:
+        loop = asyncio.get_running_loop()
+        self._call_at = loop.call_at
+        self._clock = loop.time
+        self._limit = None if first is None else first.total_seconds()
+        self._between = None if between is None else between.total_seconds()
+        self._since: float | None = self._clock()  # None while an event is on its way to the client
+        self._timer: asyncio.TimerHandle | None = None
+        self.answered = False
+        """Whether part of the answer has come."""
+
+    def watch(self, alarm: asyncio.Timeout) -> None:
+        """Has the alarm go off after too long a silence."""
+        self._alarm = alarm
+        self._set()
+
+    def interrupt(self, event: Event) -> None:
+        """Something was heard, and is on its way."""
+        self._since = None
+        if not self.answered and not _is_preparation(event):
+            self.answered = True
+            self._limit = self._between
+            self.forget()
+
+    def begin(self) -> None:
+        """It is silent again."""
+        self._since = self._clock()
+        if self._timer is None:
+            self._set()
+
+    def forget(self) -> None:
+        """Stops the timer."""
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+
+    def _set(self) -> None:
+        if self._limit is not None and self._since is not None:
+            self._timer = self._call_at(self._since + self._limit, self._ring)
+
+    def _ring(self) -> None:
+        self._timer = None
+        if self._limit is None or self._since is None:
+            return  # the client is slow, and not the service; `begin` sets the timer again
+        if self._clock() + _GRAIN >= self._since + self._limit:
+            self._alarm.reschedule(self._since)  # in the past, so now
+        else:
+            self._set()
 
 
 def _is_preparation(event: Event) -> bool:

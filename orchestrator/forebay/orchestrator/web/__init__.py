@@ -1,0 +1,1 @@
+"""The dashboard: one page that shows what the orchestrator is doing, and changes nothing."""

@@ -1,0 +1,165 @@
+"""Pictures of the dashboard for the docs: `python tests/screenshots.py [--seconds 310] [--out docs/images]`.
+
+Scripted backends play an afternoon: people chat, a batch runs, one backend is
+lost and comes back, another is made to fail until its breaker opens.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import contextlib
+import random
+import tempfile
+from pathlib import Path
+
+import grpc.aio
+
+from browser import Page, browsing
+from contract.orchestrator_mesh import Mesh
+from forebay.inference.v1 import inference_pb2 as pb
+from forebay.testing.calls import ask, with_options
+from forebay.testing.script import Script, ScriptedModel
+from forebay.testing.scripted import ScriptedEngine
+
+QWEN = "qwen3-8b-4bit"
+
+
+def model(name: str, *, loaded: bool = True, **script: float) -> ScriptedModel:
+    return ScriptedModel(name=name, loaded=loaded, script=Script(**script))  # type: ignore[arg-type]  # its fields
+
+
+def engines() -> list[ScriptedEngine]:
+    return [
+        ScriptedEngine(
+            name="mlx",
+            models=[
+                model(QWEN, first_delay=0.28, token_delay=0.021, progress_delay=0.1),
+                model("smollm2-135m-instruct", first_delay=0.05, token_delay=0.006),
+                model("gemma-3-27b-it-4bit", loaded=False, load_delay=4.0, first_delay=1.4, token_delay=0.06),
+            ],
+        ),
+        ScriptedEngine(
+            name="ollama",
+            models=[
+                model(QWEN, first_delay=0.5, token_delay=0.033, progress_delay=0.1),
+                model("llama3.2:3b", first_delay=0.22, token_delay=0.017),
+                model("nomic-embed-text", first_delay=0.02),
+            ],
+        ),
+        ScriptedEngine(
+            name="lmstudio",
+            models=[model("mistral-small-24b", first_delay=1.1, token_delay=0.045, progress_delay=0.2)],
+        ),
+    ]
+
+
+class Afternoon:
+    """Who asks what."""
+
+    def __init__(self, mesh: Mesh) -> None:
+        self._mesh = mesh
+        self._chance = random.Random(11)
+
+    async def run(self) -> None:
+        async with asyncio.TaskGroup() as group:
+            group.create_task(self._people(group))
+            group.create_task(self._batches(group))
+            group.create_task(self._trouble())
+
+    async def _people(self, group: asyncio.TaskGroup) -> None:
+        while True:
+            await asyncio.sleep(self._chance.expovariate(0.9))
+            group.create_task(self._ask(self._request()))
+
+    def _request(self) -> pb.GenerateRequest:
+        chance = self._chance
+        name = chance.choices(
+            [
+                QWEN,
+                "smollm2-135m-instruct",
+                "llama3.2:3b",
+                "mistral-small-24b",
+                "gemma-3-27b-it-4bit",
+                "gpt-9",
+            ],
+            [40, 18, 22, 14, 4, 2],
+        )[0]
+        request = with_options(
+            ask(f"question {chance.random()}", model=name), token_count=chance.randint(30, 260)
+        )
+        request.routing.priority = chance.choice([pb.PRIORITY_INTERACTIVE, pb.PRIORITY_UNSPECIFIED])
+        request.routing.continuation = pb.CONTINUATION_POLICY_SAME_WEIGHTS
+        if chance.random() < 0.1:
+            request.CopyFrom(with_options(ask("the same again", model="llama3.2:3b"), token_count=60))
+            request.sampling.temperature = 0.0
+            request.routing.cache = pb.CACHE_POLICY_USE
+        return request
+
+    async def _batches(self, group: asyncio.TaskGroup) -> None:
+        while True:
+            await asyncio.sleep(26)
+            for _ in range(14):
+                request = with_options(ask("batch", model="mistral-small-24b"), token_count=50)
+                request.routing.priority = pb.PRIORITY_BATCH
+                group.create_task(self._ask(request))
+            embed = pb.EmbedRequest(model="nomic-embed-text", texts=["a", "b", "c"])
+            with contextlib.suppress(grpc.aio.AioRpcError):
+                await self._mesh.client.Embed(embed)
+
+    async def _trouble(self) -> None:
+        while True:
+            await asyncio.sleep(70)
+            await self._mesh["ollama"].stop()
+            await asyncio.sleep(9)
+            await self._mesh["ollama"].start()
+
+    async def _ask(self, request: pb.GenerateRequest) -> None:
+        with contextlib.suppress(grpc.aio.AioRpcError):
+            await self._mesh.generate(request)
+
+
+async def main(seconds: float, out: Path) -> None:
+    out.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory() as folder:
+        mesh = Mesh(
+            Path(folder),
+            *engines(),
+            backend={"slots": 4},
+            web_address="127.0.0.1:0",
+            trace_url="http://127.0.0.1:16686/trace/{trace_id}",
+        )
+        async with mesh, mesh.orchestrator.dashboard() as url, browsing() as page:
+            traffic = asyncio.create_task(Afternoon(mesh).run())
+            await page.dress(width=1400, height=900, scheme="dark")
+            await page.open(str(url))
+            await asyncio.sleep(seconds)
+            await shoot(page, mesh, out)
+            traffic.cancel()
+            await asyncio.wait([traffic])
+            print("\n".join(page.complaints) or "the browser has nothing to complain of")
+
+
+async def shoot(page: Page, mesh: Mesh, out: Path) -> None:
+    await page.until("document.querySelectorAll('#live tr').length >= 3")
+    await page.picture(out / "dashboard-dark.png")
+    await page.dress(width=1400, height=900, scheme="light")
+    await asyncio.sleep(0.6)
+    await page.picture(out / "dashboard-light.png")
+    await page.look("document.querySelector('[data-filter=moved]').click()")
+    await page.look("document.querySelector('#recent .why-button')?.click()")
+    await asyncio.sleep(0.6)
+    await page.look("document.querySelector('#recent').scrollIntoView({block: 'start'})")
+    await page.picture(out / "dashboard-decision.png", selector="section[aria-labelledby=recent-title]")
+    await page.dress(width=390, height=844, scheme="dark", scale=2)
+    await page.look("scrollTo(0, 0)")
+    await asyncio.sleep(0.6)
+    await page.picture(out / "dashboard-phone.png")
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--seconds", type=float, default=310.0)
+    parser.add_argument("--out", type=Path, default=Path("docs/images"))
+    arguments = parser.parse_args()
+    asyncio.run(main(arguments.seconds, arguments.out))
