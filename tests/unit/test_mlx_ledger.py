@@ -471,6 +471,8 @@ async def test_the_memory_of_the_host_and_of_all_models_is_told():
         memory = s.memory()
         assert (memory.host, memory.total_bytes, memory.limit_bytes) == ("here", 32 * GIB, 10 * GIB)
         assert memory.used_bytes == memory.reserved_bytes == 0
+        assert s.takes("a", 2 * GIB) > 2 * GIB + PROCESS_BYTES
+        assert s.takes("a", 0) == 0
         task = tasks.create_task(use(s, "a", hold=20.0))
         await asyncio.sleep(1)
         loading = s.memory()
@@ -480,6 +482,7 @@ async def test_the_memory_of_the_host_and_of_all_models_is_told():
         await asyncio.sleep(2)
         assert s.memory().used_bytes == 2 * GIB + BESIDE
         assert s.memory().reserved_bytes == GIB
+        assert s.takes("a", 2 * GIB) == 3 * GIB + BESIDE
         task.cancel()
 
 

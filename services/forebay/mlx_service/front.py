@@ -316,6 +316,7 @@ class MlxEngine:
         if residence.state is State.ACTIVE and residence.described is not None:
             del model.capabilities[:]  # what the worker says of them replaces what the folder says
             model.MergeFrom(_facts(residence.described))
+        model.memory_bytes = self._supervisor.takes(entry.id, model.memory_bytes)
         if residence.kept or residence.state is not State.AVAILABLE:
             model.state = residence.state.value
             model.detail = residence.detail or model.detail

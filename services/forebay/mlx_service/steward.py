@@ -210,6 +210,18 @@ class Steward:
         for model_id, wanted in wanting.items():
             await self.widen(self._residences[model_id], wanted)
 
+    def takes(self, model_id: str, weights: int) -> int:
+        """Returns the bytes that a model takes, or would take if it were loaded; 0 is unknown.
+
+        Args:
+            model_id: the model.
+            weights: bytes of its weights by its files; 0 is unknown.
+        """
+        account = self.ledger.get(model_id)
+        if account is not None and account.is_loaded:
+            return max(account.firm, self._used(account))
+        return Account(model_id=model_id, weights=weights).least if weights else 0
+
     def memory(self) -> pb.Memory:
         """Describes the machine and what the service takes of it."""
         used = reserved = 0

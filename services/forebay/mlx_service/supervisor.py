@@ -138,9 +138,11 @@ class Residence:
 
     @property
     def usable(self) -> Worker | None:
-        """The worker, if it serves and nothing is known against it, not even since a moment ago."""
+        """The worker, if it serves and is to stay, and nothing is known against it since a moment ago."""
         worker = self.worker
-        return None if worker is None or self.suspect or worker.exit_code is not None else worker
+        if worker is None or self.suspect or self.stopping or worker.exit_code is not None:
+            return None
+        return worker
 
     def become(self, state: State, detail: str = "") -> None:
         """Changes the state and tells all who wait."""
@@ -307,6 +309,10 @@ class Supervisor:
     async def widen(self, model_id: str, wanted: int) -> bool:
         """Gives a worker a limit of so many bytes, if that is possible. Returns whether it has it now."""
         return await self._steward.widen(self.residence(model_id), wanted)
+
+    def takes(self, model_id: str, weights: int) -> int:
+        """Returns the bytes that a model takes, or would take if it were loaded, its process included."""
+        return self._steward.takes(model_id, weights)
 
     def memory(self) -> pb.Memory:
         """Describes the machine's memory and what the models take of it."""
