@@ -75,10 +75,11 @@ class Page:
         return result
 
     async def open(self, url: str) -> None:
-        """Goes to a page."""
+        """Goes to a page, and returns when it is there."""
         for domain in ("Page", "Runtime", "Log"):
             await self.ask(f"{domain}.enable")
         await self.ask("Page.navigate", url=url)
+        await self.until(f"location.href === {url!r} && document.readyState === 'complete'")
 
     async def look(self, script: str) -> Any:
         """Returns the value of a script."""

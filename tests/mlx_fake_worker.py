@@ -110,6 +110,7 @@ def main() -> int:
     parser.add_argument("--prefix-cache", type=int)
     parser.add_argument("--memory-ceiling", type=int)
     parser.add_argument("--isolate-callers", action="store_true")
+    parser.add_argument("--cpu-weights")
     arguments = parser.parse_args()
     with (arguments.model / "starts").open("a") as starts:
         starts.write(f"{os.getpid()}\n")

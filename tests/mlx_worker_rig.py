@@ -8,8 +8,11 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import psutil
+
 from forebay.inference.v1 import inference_pb2 as pb
 from forebay.kit.pipeline import Call, Event
+from forebay.mlx_service.host import default_ceiling
 from forebay.mlx_service.models.describe import describe
 from forebay.mlx_service.worker.engine import Engine
 from forebay.mlx_service.worker.grammar import Grammars
@@ -17,7 +20,9 @@ from forebay.mlx_service.worker.load import load_weights
 from forebay.mlx_service.worker.memory import read_memory
 from forebay.mlx_service.worker.prefix_cache import PrefixCache
 from forebay.mlx_service.worker.pressure import Held
+from forebay.mlx_service.worker.runtime import BLAS
 from forebay.mlx_service.worker.service import Served, WorkerService
+from forebay.mlx_service.worker.weights import CpuWeights, plan
 from forebay.mlx_service.worker.words import Words
 
 MODEL = "tiny"
@@ -89,8 +94,11 @@ async def rig(
 ) -> AsyncIterator[Rig]:
     words = Words(path)
     await words.load()
+    facts = describe(path)
+    most = ceiling or default_ceiling(psutil.virtual_memory().total)
+    how = plan(CpuWeights.AUTO, facts, ceiling=most, blas=BLAS)
     engine = Engine(
-        lambda: (load_weights(path), words.language.end_tokens),
+        lambda: (load_weights(path, how), words.language.end_tokens),
         rows=rows,
         queue_rows=queue_rows,
         prefill_step=prefill_step,
@@ -101,11 +109,12 @@ async def rig(
     served = Served(
         model_id=MODEL,
         backend="mlx",
-        facts=describe(path),
+        facts=facts,
         context_token_count=context,
         default_max_tokens=default_max_tokens,
         rows=rows,
         isolates_callers=isolates_callers,
+        detail=how.reason,
     )
     await engine.start()
     try:

@@ -1,4 +1,4 @@
-"""Pictures of the dashboard for the docs: `python tests/screenshots.py [--seconds 310] [--out docs/images]`.
+"""Pictures for the docs: `python tests/screenshots.py [--seconds 310] [--out docs/images]`.
 
 Scripted backends play an afternoon: people chat, a batch runs, one backend is
 lost and comes back, another is made to fail until its breaker opens.
@@ -10,14 +10,19 @@ import argparse
 import asyncio
 import contextlib
 import random
+import re
 import tempfile
 from pathlib import Path
 
 import grpc.aio
+from opentelemetry.sdk.trace import TracerProvider
 
 from browser import Page, browsing
 from contract.orchestrator_mesh import Mesh
+from forebay.cli.client import connected
+from forebay.cli.top.screen import Top
 from forebay.inference.v1 import inference_pb2 as pb
+from forebay.kit.telemetry import Telemetry
 from forebay.testing.calls import ask, with_options
 from forebay.testing.script import Script, ScriptedModel
 from forebay.testing.scripted import ScriptedEngine
@@ -29,9 +34,31 @@ def model(name: str, *, loaded: bool = True, **script: float) -> ScriptedModel:
     return ScriptedModel(name=name, loaded=loaded, script=Script(**script))  # type: ignore[arg-type]  # its fields
 
 
+class Played(ScriptedEngine):
+    """A backend with models of a size."""
+
+    async def list_models(self, request: pb.ListModelsRequest) -> pb.ListModelsResponse:
+        listed = await super().list_models(request)
+        for each in listed.models:
+            size, quantization, gigabytes = SIZES[each.id]
+            each.weights.size_label, each.weights.quantization = size, quantization
+            each.memory_bytes = int(gigabytes * 2**30)
+        return listed
+
+
+SIZES = {
+    QWEN: ("8B", "4bit", 4.9),
+    "smollm2-135m-instruct": ("135M", "8bit", 0.3),
+    "gemma-3-27b-it-4bit": ("27B", "4bit", 15.8),
+    "llama3.2:3b": ("3B", "Q4_K_M", 2.6),
+    "nomic-embed-text": ("137M", "float16", 0.3),
+    "mistral-small-24b": ("24B", "Q4_K_M", 14.1),
+}
+
+
 def engines() -> list[ScriptedEngine]:
     return [
-        ScriptedEngine(
+        Played(
             name="mlx",
             models=[
                 model(QWEN, first_delay=0.28, token_delay=0.021, progress_delay=0.1),
@@ -39,7 +66,7 @@ def engines() -> list[ScriptedEngine]:
                 model("gemma-3-27b-it-4bit", loaded=False, load_delay=4.0, first_delay=1.4, token_delay=0.06),
             ],
         ),
-        ScriptedEngine(
+        Played(
             name="ollama",
             models=[
                 model(QWEN, first_delay=0.5, token_delay=0.033, progress_delay=0.1),
@@ -47,7 +74,7 @@ def engines() -> list[ScriptedEngine]:
                 model("nomic-embed-text", first_delay=0.02),
             ],
         ),
-        ScriptedEngine(
+        Played(
             name="lmstudio",
             models=[model("mistral-small-24b", first_delay=1.1, token_delay=0.045, progress_delay=0.2)],
         ),
@@ -109,10 +136,11 @@ class Afternoon:
 
     async def _trouble(self) -> None:
         while True:
-            await asyncio.sleep(70)
+            await asyncio.sleep(24)
             await self._mesh["ollama"].stop()
             await asyncio.sleep(9)
             await self._mesh["ollama"].start()
+            await asyncio.sleep(100)
 
     async def _ask(self, request: pb.GenerateRequest) -> None:
         with contextlib.suppress(grpc.aio.AioRpcError):
@@ -121,10 +149,12 @@ class Afternoon:
 
 async def main(seconds: float, out: Path) -> None:
     out.mkdir(parents=True, exist_ok=True)
+    provider = TracerProvider(shutdown_on_exit=False)  # for trace identifiers, which lead nowhere
     with tempfile.TemporaryDirectory() as folder:
         mesh = Mesh(
             Path(folder),
             *engines(),
+            telemetry=Telemetry(provider.get_tracer("pictures"), provider),
             backend={"slots": 4},
             web_address="127.0.0.1:0",
             trace_url="http://127.0.0.1:16686/trace/{trace_id}",
@@ -135,9 +165,22 @@ async def main(seconds: float, out: Path) -> None:
             await page.open(str(url))
             await asyncio.sleep(seconds)
             await shoot(page, mesh, out)
+            await shoot_terminal(mesh, out)
             traffic.cancel()
             await asyncio.wait([traffic])
             print("\n".join(page.complaints) or "the browser has nothing to complain of")
+
+
+async def shoot_terminal(mesh: Mesh, out: Path) -> None:
+    async with connected(mesh.address) as client:
+        top = Top(client, interval=0.5)
+        async with top.run_test(size=(132, 38)) as pilot:
+            await asyncio.sleep(20)
+            await pilot.press("1")
+            await pilot.pause(0.5)
+            # Without the fonts it would fetch from elsewhere: every monospaced one will do.
+            picture = re.sub(r"@font-face \{.*?\}", "", top.export_screenshot(), flags=re.DOTALL)
+            (out / "top.svg").write_text(picture)
 
 
 async def shoot(page: Page, mesh: Mesh, out: Path) -> None:

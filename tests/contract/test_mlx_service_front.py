@@ -649,12 +649,21 @@ def test_workers_are_told_what_is_configured():
             "prefix_cache_bytes": 7,
             "memory_ceiling": 8,
             "auth_token_digests": ["0" * 64],
+            "cpu_weights": "stored",
+            "cpu_blas": "/opt/libopenblas.so",
+            "cpu_threads": 3,
         }
     )
     expected = "--max-rows 3 --prefix-cache 7 --isolate-callers --default-max-tokens 99"
+    expected += " --cpu-weights stored"
     assert worker_arguments(settings) == expected.split()
+    assert settings.worker_environment == {
+        "FOREBAY_MLX__CPU_BLAS": "/opt/libopenblas.so",
+        "FOREBAY_MLX__CPU_THREADS": "3",
+    }
     plain = MlxSettings.model_validate({"prefix_cache_bytes": 0})
     assert worker_arguments(plain) == ["--max-rows", "8", "--prefix-cache", "0"]
+    assert plain.worker_environment == {"FOREBAY_MLX__CPU_BLAS": "auto"}
 
 
 def test_a_socket_path_that_is_too_long_moves_to_a_shorter_folder(tmp_path, monkeypatch):

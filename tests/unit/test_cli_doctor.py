@@ -23,6 +23,8 @@ from forebay.cli.doctor import Grade
 from forebay.cli.problems import ExitCode, unreachable
 from forebay.fleet.v1 import fleet_pb2 as fleet_pb
 from forebay.kit import failure
+from forebay.mlx_service.blas import Blas
+from forebay.mlx_service.config import MlxSettings
 from forebay.mlx_service.default_model import DEFAULT_MODEL
 
 
@@ -266,3 +268,38 @@ def test_every_command_explains_itself(capsys: pytest.CaptureFixture[str]) -> No
     for name in commands:
         assert main([name, "--help"]) == 0
     assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize(
+    ("cpu_blas", "is_there", "grade", "text"),
+    [
+        ("auto", True, Grade.GOOD, "OpenBLAS 0.3, Haswell, 2 threads, from lib"),
+        ("auto", False, Grade.WARNING, "mlx's own, which is slow"),
+        ("off", False, Grade.NOTE, "as configured"),
+    ],
+)
+def test_the_library_for_matrix_products_is_looked_at(
+    monkeypatch: pytest.MonkeyPatch, cpu_blas: str, is_there: bool, grade: Grade, text: str
+) -> None:
+    asked: list[tuple[str, bool]] = []
+
+    def load(variables: dict[str, str], *, is_global: bool) -> Blas | None:
+        asked.append((variables["FOREBAY_MLX__CPU_BLAS"], is_global))
+        return Blas(path="lib", version="OpenBLAS 0.3", kernels="Haswell", threads=2) if is_there else None
+
+    monkeypatch.setattr(doctor.requirements, "missing", lambda: "")
+    monkeypatch.setattr(doctor, "sys", SimpleNamespace(platform="linux"))
+    monkeypatch.setattr(doctor.blas, "load", load)
+    (finding,) = doctor.look_at_blas(MlxSettings.model_validate({"cpu_blas": cpu_blas}))
+    assert (finding.grade, bool(finding.remedy)) == (grade, grade is Grade.WARNING)
+    assert text in finding.text
+    assert asked == [(cpu_blas, False)]  # the command line itself computes nothing
+
+
+@pytest.mark.parametrize(("system", "missing"), [("darwin", ""), ("linux", "pip install it")])
+def test_there_is_no_library_to_look_at_without_mlx_or_on_macos(
+    monkeypatch: pytest.MonkeyPatch, system: str, missing: str
+) -> None:
+    monkeypatch.setattr(doctor.requirements, "missing", lambda: missing)
+    monkeypatch.setattr(doctor, "sys", SimpleNamespace(platform=system))
+    assert doctor.look_at_blas(MlxSettings.model_validate({})) == []

@@ -13,16 +13,26 @@ from pathlib import Path
 
 import pytest
 
+import tiny_models
 from forebay.inference.v1 import inference_pb2 as pb
 from forebay.kit import metrics
 from forebay.kit.failure import MemoryExhausted
 from forebay.mlx.v1 import worker_pb2
 from forebay.mlx_service import host as host_module
+from forebay.mlx_service import steward
 from forebay.mlx_service.config import MlxSettings
-from forebay.mlx_service.host import Host, footprint, this_host, weights_on_disk
-from forebay.mlx_service.ledger import MIB, PROCESS_BYTES, ROOM_LEAST, Candidate, Ledger, choose
+from forebay.mlx_service.host import Host, footprint, this_host, weights_in
+from forebay.mlx_service.ledger import (
+    MIB,
+    PROCESS_BYTES,
+    ROOM_LEAST,
+    UNPACKED_ROOM,
+    Candidate,
+    Ledger,
+    choose,
+)
 from forebay.mlx_service.supervisor import Options, State, Supervisor
-from forebay.testing.clock import now, virtual
+from forebay.testing.clock import now, run, virtual
 
 GIB = 1024 * MIB
 BESIDE = 100 * MIB
@@ -104,6 +114,7 @@ class Machine:
         self.lag = lag
         self.others = 0
         self.late = 0
+        self.unpacked = 0
         self.pids = itertools.count(1000)
         self.running: dict[int, FakeWorker] = {}
         self.started: list[FakeWorker] = []
@@ -147,7 +158,7 @@ async def service(machine, *, measured=None, **settings):
         MlxSettings.model_validate(settings), launch=machine, jitter=lambda: 0.0, host=machine.host,
         measured=measured,
     )  # fmt: skip
-    made._steward._weigh = lambda folder: machine.sizes[folder.name]
+    made._steward._weigh = lambda folder: (machine.sizes[folder.name], machine.unpacked)
     async with made as s:
         yield s
 
@@ -584,6 +595,48 @@ async def test_whatever_comes_shares_never_exceed_the_ceiling():
         assert s.memory().reserved_bytes == 0
 
 
+@virtual
+async def test_weights_are_unpacked_only_where_that_makes_nobody_leave(monkeypatch):
+    monkeypatch.setattr(steward.sys, "platform", "linux")
+    machine = Machine(sizes={"a": GIB, "b": GIB})
+    machine.unpacked = 4 * GIB
+    async with service(machine) as s:
+        await use(s, "a")
+        await use(s, "b")
+        assert loaded(s) == {"a", "b"}
+        limits = [worker.spec.memory_limit for worker in machine.started]
+        assert limits[0] >= 4 * GIB / UNPACKED_ROOM
+        await s.unload("a", force=False)
+        await s.unload("b", force=False)
+        machine.unpacked = 7 * GIB
+        await use(s, "a")
+        assert machine.started[-1].spec.memory_limit < 2 * GIB
+
+
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        ({}, 4 * GIB / UNPACKED_ROOM),
+        ({"cpu_blas": "off"}, GIB),
+        ({"cpu_weights": "stored"}, GIB),
+        ({"cpu_weights": "float32"}, 4 * GIB),
+    ],
+    ids=["auto", "no blas", "stored", "float32"],
+)
+def test_what_is_reserved_for_weights_follows_the_settings(settings, expected, monkeypatch):
+    monkeypatch.setattr(steward.sys, "platform", "linux")
+    machine = Machine(sizes={"a": GIB})
+    machine.unpacked = 4 * GIB
+
+    async def started():
+        async with service(machine, **settings) as s:
+            await use(s, "a")
+
+    run(started())
+    limit = machine.started[0].spec.memory_limit
+    assert expected <= limit <= expected * 1.15 + ROOM_LEAST
+
+
 def test_nobody_is_chosen_in_vain():
     def idle(name, frees, seconds=10.0, load=1.0):
         return Candidate(model_id=name, frees=frees, idle_seconds=seconds, load_seconds=load)
@@ -619,9 +672,9 @@ def test_this_machine_has_an_identity_and_memory(tmp_path):
 
     assert 0 < here.footprint(os.getpid()) < here.total
     assert here.footprint(2**22 + 12345) == 0
-    (tmp_path / "a.safetensors").write_bytes(b"12345")
-    (tmp_path / "b.txt").write_bytes(b"12345")
-    assert weights_on_disk(tmp_path) == 5
+    assert weights_in(tmp_path) == (0, 0)
+    stored, unpacked = weights_in(tiny_models.build_random(tmp_path / "m"))
+    assert 0 < unpacked < stored < unpacked * 1.1  # it is float32 already
 
 
 def test_on_macos_the_physical_footprint_is_what_counts(monkeypatch):

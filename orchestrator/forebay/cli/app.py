@@ -17,6 +17,7 @@ from forebay.cli.doctor import doctor
 from forebay.cli.explain import explain
 from forebay.cli.models import models
 from forebay.cli.status import drain, resume, status
+from forebay.cli.top.program import top
 from forebay.cli.up import up
 
 app = typer.Typer(
@@ -30,6 +31,7 @@ app.command()(up)
 app.command()(chat)
 app.command()(embed)
 app.command()(status)
+app.command()(top)
 app.command()(explain)
 app.add_typer(models, name="models")
 app.command()(drain)

@@ -11,6 +11,7 @@ from __future__ import annotations
 import os
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
+from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeAlias, TypeVar
 
@@ -172,6 +173,14 @@ class Client:
             self._fleet.WatchBackends(fleet_pb.WatchBackendsRequest(), metadata=self._metadata),
             lambda event: handle(event.backend),
         )
+
+    async def activity(
+        self, handle: Callable[[fleet_pb.WatchActivityResponse], None], *, interval: float
+    ) -> None:
+        """Shows to `handle` what the orchestrator is doing, every `interval` seconds, until cancelled."""
+        request = fleet_pb.WatchActivityRequest()
+        request.interval.FromTimedelta(timedelta(seconds=interval))
+        await self._read(self._fleet.WatchActivity(request, metadata=self._metadata), handle)
 
     async def drain(self, backend: str) -> fleet_pb.Backend:
         """Keeps new calls away from a backend."""

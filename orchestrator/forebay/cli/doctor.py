@@ -31,7 +31,7 @@ from forebay.fleet.v1 import fleet_pb2 as fleet_pb
 from forebay.kit import ports
 from forebay.kit.config import ServerSettings, Settings, find_file
 from forebay.kit.failure import Failure
-from forebay.mlx_service import requirements
+from forebay.mlx_service import blas, requirements
 from forebay.mlx_service.config import MlxSettings
 from forebay.mlx_service.default_model import DEFAULT_MODEL
 from forebay.mlx_service.fetch import default_cache_dir, is_complete
@@ -102,6 +102,30 @@ def look_at_mlx() -> Finding:
     versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in ("mlx", "mlx-lm"))
     where = "Metal" if sys.platform == "darwin" else "CPU"
     return Finding(grade=Grade.GOOD, subject="mlx", text=f"{versions}, {where}")
+
+
+def look_at_blas(settings: MlxSettings) -> list[Finding]:
+    """Looks which library multiplies matrices for MLX, where MLX brings a slow one.
+
+    Args:
+        settings: those of the MLX service.
+    """
+    if sys.platform != "linux" or requirements.missing():
+        return []
+    variables = dict(os.environ) | settings.worker_environment
+    found = blas.load(variables, is_global=False)
+    if found is not None:
+        return [Finding(grade=Grade.GOOD, subject="blas", text=str(found))]
+    if settings.cpu_blas == blas.OFF:
+        return [Finding(grade=Grade.NOTE, subject="blas", text="mlx's own, which is slow, as configured")]
+    return [
+        Finding(
+            grade=Grade.WARNING,
+            subject="blas",
+            text="mlx's own, which is slow: prompts take some twenty times longer than they need to",
+            remedy="pip install 'forebay[mlx]', or install your system's OpenBLAS (Debian: libopenblas0)",
+        )
+    ]
 
 
 def look_at_model(cache: Path) -> Finding:
@@ -328,6 +352,7 @@ def doctor(
     findings += configured
     mlx = sections.get("mlx")
     cache = mlx.cache_dir if isinstance(mlx, MlxSettings) else default_cache_dir()
+    findings += look_at_blas(mlx if isinstance(mlx, MlxSettings) else MlxSettings.model_validate({}))
     findings.append(look_at_model(cache))
     findings += look_at_room(cache)
     findings += look_at_ports(sections)

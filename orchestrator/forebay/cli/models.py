@@ -28,7 +28,7 @@ ModelArgument = Annotated[
     str, typer.Argument(help="The model, in its framework's spelling.", metavar="MODEL")
 ]
 
-_STYLES = {
+STYLES = {
     pb.Model.STATE_ACTIVE: "green",
     pb.Model.STATE_LOADING: "yellow",
     pb.Model.STATE_UNLOADING: "yellow",
@@ -73,7 +73,7 @@ def table(listed: Iterable[pb.Model]) -> Table:
         grid.add_row(
             Text(render.safe(model.id), style="bold"),
             render.safe(model.backend),
-            Text(state_text(model), style=_STYLES.get(model.state, "")),
+            Text(state_text(model), style=STYLES.get(model.state, "")),
             Text(render.safe(weights) or "-"),
             context,
             render.bytes_text(model.memory_bytes),

@@ -19,7 +19,7 @@ from forebay.cli.client import DEFAULT_ADDRESS, connected
 from forebay.fleet.v1 import fleet_pb2 as fleet_pb
 from forebay.inference.v1 import inference_pb2 as pb
 
-_STYLES = {
+STYLES = {
     fleet_pb.Backend.STATE_ACTIVE: "green",
     fleet_pb.Backend.STATE_DRAINING: "yellow",
     fleet_pb.Backend.STATE_EJECTED: "red",
@@ -57,7 +57,7 @@ def table(backends: Iterable[fleet_pb.Backend]) -> Table:
     for backend in backends:
         grid.add_row(
             Text(render.safe(backend.name), style="bold"),
-            Text(state_text(backend), style=_STYLES.get(backend.state, "dim")),
+            Text(state_text(backend), style=STYLES.get(backend.state, "dim")),
             render.safe(backend.framework),
             render.safe(backend.address),
             f"{backend.active_call_count}/{backend.slot_count}"

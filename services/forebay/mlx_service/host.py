@@ -14,6 +14,8 @@ from pathlib import Path
 
 import psutil
 
+from forebay.mlx_service.models.describe import NotAModelError, describe
+
 _GIB = 1 << 30
 
 RESERVED_SHARE = 0.35
@@ -83,9 +85,16 @@ def footprint(pid: int) -> int:
         return 0
 
 
-def weights_on_disk(folder: Path) -> int:
-    """Returns the bytes of a model's weight files: what they take in memory too, near enough."""
-    return sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+def weights_in(folder: Path) -> tuple[int, int]:
+    """Returns the bytes of a model's weights as they are stored, and unpacked to float32; 0 is unknown.
+
+    What they take in memory is one or the other, near enough.
+    """
+    try:
+        facts = describe(folder)
+    except NotAModelError:  # its worker says why
+        return 0, 0
+    return facts.weight_bytes, 4 * facts.parameter_count
 
 
 def _linux_footprint(pid: int) -> int | None:

@@ -25,6 +25,10 @@ WANTED = "wanted_bytes"
 WEIGHTS_MARGIN = 1.02
 """What weights take for each byte of their files: some tensors are stored narrower than they run."""
 
+UNPACKED_ROOM = 0.6
+"""Share of its limit that a worker on a CPU lets unpacked weights take. The rest is for what is read and
+written."""
+
 PROCESS_BYTES = 192 * MIB
 """What a worker takes beside MLX's memory, until it is measured: Python, libraries, a large vocabulary."""
 

@@ -11,7 +11,7 @@ import shutil
 import signal
 import sys
 import tempfile
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
 from pathlib import Path
@@ -41,6 +41,9 @@ LOAD_FAILED = 3
 
 _SOCKET_BYTES = 100
 """Longest path of a unix socket that every system takes (`sockaddr_un` holds 104 bytes on macOS)."""
+
+_ENVIRONMENT = {STDIN_VARIABLE: "1", "HF_HUB_OFFLINE": "1", "PYTHONUNBUFFERED": "1"}
+"""Variables that every worker gets, whatever is configured."""
 
 _DESCRIBE_TIMEOUT = 2.0
 """Seconds a worker gets to describe its model. A busy one answers late, and what it said before will do."""
@@ -196,6 +199,7 @@ class Launcher:
     Args:
         name: name of the backend, which workers put into their answers.
         arguments: command-line arguments that all workers get.
+        environment: variables that all workers get.
         grace: seconds a worker may take to end before it is killed.
         command: program that is a worker.
     """
@@ -205,11 +209,13 @@ class Launcher:
         *,
         name: str,
         arguments: Sequence[str] = (),
+        environment: Mapping[str, str] | None = None,
         grace: float,
         command: Sequence[str] = (sys.executable, "-m", "forebay.mlx_service.worker"),
     ) -> None:
         self._name = name
         self._arguments = tuple(arguments)
+        self._environment = dict(environment or {})
         self._grace = grace
         self._command = tuple(command)
         self._numbers = itertools.count(1)
@@ -229,7 +235,7 @@ class Launcher:
             stdin=asyncio.subprocess.PIPE,  # its end is how a worker learns that we are gone, however we went
             stdout=asyncio.subprocess.PIPE,
             stderr=asyncio.subprocess.PIPE,
-            env={**os.environ, STDIN_VARIABLE: "1", "HF_HUB_OFFLINE": "1", "PYTHONUNBUFFERED": "1"},
+            env={**os.environ, **self._environment, **_ENVIRONMENT},
             start_new_session=True,  # a Ctrl-C in the terminal is ours to handle: calls end before workers do
         )
         assert process.stdout is not None

@@ -22,7 +22,10 @@ async def serve(settings: MlxSettings, telemetry: Telemetry) -> None:
     serving the others; it is listed with its reason.
     """
     launcher = Launcher(
-        name=settings.name, arguments=worker_arguments(settings), grace=settings.stop_grace.total_seconds()
+        name=settings.name,
+        arguments=worker_arguments(settings),
+        environment=settings.worker_environment,
+        grace=settings.stop_grace.total_seconds(),
     )
     try:
         async with (
@@ -73,4 +76,6 @@ def worker_arguments(settings: MlxSettings) -> list[str]:
         arguments.append("--isolate-callers")
     if settings.default_max_output_token_count is not None:
         arguments += ["--default-max-tokens", str(settings.default_max_output_token_count)]
+    if settings.cpu_weights != "auto":
+        arguments += ["--cpu-weights", settings.cpu_weights]
     return arguments

@@ -17,6 +17,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import sys
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -26,9 +27,10 @@ from forebay.kit import metrics
 from forebay.kit.failure import MemoryExhausted
 from forebay.kit.metrics import Metrics
 from forebay.mlx.v1 import worker_pb2 as worker_pb
+from forebay.mlx_service import blas
 from forebay.mlx_service.config import MlxSettings
-from forebay.mlx_service.host import METAL_SHARE, Host, default_ceiling, weights_on_disk
-from forebay.mlx_service.ledger import Account, Candidate, Ledger, choose, holders, mib
+from forebay.mlx_service.host import METAL_SHARE, Host, default_ceiling, weights_in
+from forebay.mlx_service.ledger import UNPACKED_ROOM, Account, Candidate, Ledger, choose, holders, mib
 
 if TYPE_CHECKING:
     from forebay.mlx_service.process import Worker
@@ -61,7 +63,7 @@ class Steward:
         host: the machine.
         residences: all models.
         measured: the metrics of this process.
-        weigh: returns the bytes of the weights in a folder.
+        weigh: returns the bytes of the weights in a folder, as stored and as float32.
     """
 
     def __init__(
@@ -71,7 +73,7 @@ class Steward:
         host: Host,
         residences: Mapping[str, Residence],
         measured: Metrics,
-        weigh: Callable[[Path], int] = weights_on_disk,
+        weigh: Callable[[Path], tuple[int, int]] = weights_in,
     ) -> None:
         self._settings = settings
         self._host = host
@@ -99,14 +101,34 @@ class Steward:
         Raises:
             MemoryExhausted: it does not fit, even if every idle model left.
         """
-        weights = self._weigh(folder)
+        *wishes, least = self._estimates(folder)
         async with self._turn:
-            account = self.ledger.open(residence.id, weights)
+            self.ledger.ceiling = self._ceiling()
+            account = self.ledger.open(residence.id, least)
+            for wish in wishes:
+                account.weights = wish
+                if self.ledger.free >= 0:
+                    break
+                account.weights = least
             try:
                 await self._fit(residence, account)
             except BaseException:
                 self.ledger.close(residence.id)
                 raise
+
+    def _estimates(self, folder: Path) -> list[int]:
+        """Returns what a model's weights may take, the best first. Nobody leaves for any but the last.
+
+        A worker on a CPU unpacks weights if its limit leaves room for that, and says by what it then
+        takes whether it did.
+        """
+        stored, unpacked = self._weigh(folder)
+        how = self._settings.cpu_weights
+        if how == "stored" or sys.platform != "linux" or not unpacked:
+            return [stored]
+        if how == "float32":
+            return [unpacked]
+        return [stored] if self._settings.cpu_blas == blas.OFF else [int(unpacked / UNPACKED_ROOM), stored]
 
     def limit(self, residence: Residence) -> int:
         """Returns what a model's worker is to be told when it is started."""

@@ -7,16 +7,23 @@ from pathlib import Path
 
 from forebay.kit.failure import ModelLoadFailed
 from forebay.mlx_service.worker.runtime import TokenizerWrapper, load_config, load_model, load_tokenizer
+from forebay.mlx_service.worker.weights import STORED, Plan, unpack
 
 
-def load_weights(path: Path) -> object:
+def load_weights(path: Path, how: Plan = STORED) -> object:
     """Returns the model with all weights in memory. Call it on the engine's thread.
+
+    Args:
+        path: the model's folder.
+        how: how weights are held.
 
     Raises:
         ModelLoadFailed: the folder holds no model that mlx-lm can run. The message says why.
     """
     try:
-        model, _ = load_model(path, lazy=False, strict=True, trust_remote_code=False)
+        model, _ = load_model(path, lazy=how.is_float32, strict=True, trust_remote_code=False)
+        if how.is_float32:
+            unpack(model, is_blocked=how.is_blocked)
     except Exception as error:
         raise _failed(path, "its weights", error) from error
     return model

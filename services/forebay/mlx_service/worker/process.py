@@ -39,8 +39,9 @@ from forebay.mlx_service.worker.grammar import Grammars
 from forebay.mlx_service.worker.load import load_weights
 from forebay.mlx_service.worker.memory import metal_memory
 from forebay.mlx_service.worker.prefix_cache import PrefixCache
-from forebay.mlx_service.worker.runtime import leave_thread
+from forebay.mlx_service.worker.runtime import BLAS, leave_thread
 from forebay.mlx_service.worker.service import Served, WorkerService
+from forebay.mlx_service.worker.weights import CpuWeights, Plan, plan
 from forebay.mlx_service.worker.words import Words
 
 log = logging.getLogger(__name__)
@@ -100,7 +101,12 @@ async def _serve(options: argparse.Namespace, settings: ServerSettings, tracing:
         raise ModelLoadFailed(
             f"{path.name}: its weights take {facts.disk_bytes} bytes and memory_ceiling is {ceiling}"
         )
-    service, engine, words = _embedding(options, facts) if facts.recipe else _chat(options, facts, ceiling)
+    how = plan(options.cpu_weights, facts, ceiling=ceiling, blas=BLAS)
+    if how.reason:
+        log.info("%s: %s; matrix products by %s", options.model_id, how.reason, BLAS or "mlx's own library")
+    service, engine, words = (
+        _embedding(options, facts, how) if facts.recipe else _chat(options, facts, ceiling, how)
+    )
     _show(engine, options.model_id, tracing.metrics)
     async with process.stop_requests() as stopped:
         control = [controlled(engine, ceiling)]
@@ -124,13 +130,13 @@ async def _serve(options: argparse.Namespace, settings: ServerSettings, tracing:
 
 
 def _chat(
-    options: argparse.Namespace, facts: ModelFacts, ceiling: int
+    options: argparse.Namespace, facts: ModelFacts, ceiling: int, how: Plan
 ) -> tuple[InferenceEngine, Engine, Words]:
     """Puts together what generates text."""
     path: Path = options.model
     words = Words(path)
     engine = Engine(
-        lambda: (load_weights(path), words.language.end_tokens),
+        lambda: (load_weights(path, how), words.language.end_tokens),
         rows=options.max_rows,
         queue_rows=options.queue,
         prefixes=PrefixCache(max_bytes=options.prefix_cache) if options.prefix_cache else None,
@@ -144,12 +150,13 @@ def _chat(
         default_max_tokens=options.default_max_tokens,
         rows=options.max_rows,
         isolates_callers=options.isolate_callers,
+        detail=how.reason,
     )
     return WorkerService(served, engine, words, Grammars(words)), engine, words
 
 
 def _embedding(
-    options: argparse.Namespace, facts: ModelFacts
+    options: argparse.Namespace, facts: ModelFacts, how: Plan
 ) -> tuple[InferenceEngine, EmbeddingEngine, Texts]:
     """Puts together what embeds text."""
     return assemble(
@@ -158,6 +165,7 @@ def _embedding(
         model_id=options.model_id,
         backend=options.name,
         token_count=options.context,
+        how=how,
     )
 
 
@@ -267,6 +275,12 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument(
         "--isolate-callers", action="store_true", help="keep each caller's prompts apart in the prefix cache"
+    )
+    parser.add_argument(
+        "--cpu-weights",
+        type=CpuWeights,
+        default=CpuWeights.AUTO,
+        help="how weights are held on a CPU: auto, stored or float32",
     )
     parser.add_argument("--parent-pid", type=int, help="process whose end ends this one")
     parser.add_argument("--config", type=Path, help="configuration file, for [log] and [telemetry]")

@@ -9,6 +9,8 @@ from __future__ import annotations
 import os
 import resource
 
+from forebay.mlx_service import blas
+
 # Models are folders on this disk. A name that looks like a repository must fail, not be downloaded.
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TRANSFORMERS_OFFLINE"] = "1"
@@ -16,6 +18,10 @@ os.environ["TRANSFORMERS_OFFLINE"] = "1"
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+
+BLAS = blas.load()
+"""What does matrix products in place of mlx's own library; None is mlx's own."""
 
 
 def _keep_limit(kind: int, limits: tuple[int, int]) -> None:
@@ -27,6 +33,8 @@ resource.setrlimit = _keep_limit
 try:
     import mlx.core as mx
     import mlx_lm.generate
+    from mlx import nn
+    from mlx.utils import tree_flatten
     from mlx_lm.generate import BatchGenerator, StopSequences
     from mlx_lm.models.cache import BatchKVCache, KVCache, make_prompt_cache
     from mlx_lm.tokenizer_utils import TokenizerWrapper
@@ -51,6 +59,7 @@ def leave_thread() -> None:
 
 
 __all__ = [
+    "BLAS",
     "BatchGenerator",
     "BatchKVCache",
     "KVCache",
@@ -63,4 +72,6 @@ __all__ = [
     "make_prompt_cache",
     "model_classes",
     "mx",
+    "nn",
+    "tree_flatten",
 ]

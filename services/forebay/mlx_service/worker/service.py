@@ -66,6 +66,8 @@ class Served:
     """Requests served at once."""
     isolates_callers: bool = False
     """Whether each caller's prompts are kept apart in the prefix cache."""
+    detail: str = ""
+    """What else is to be said of how it is loaded."""
 
     @property
     def weights(self) -> pb.WeightIdentity:
@@ -161,6 +163,7 @@ class WorkerService:
                     capabilities=self._capabilities(),
                     weights=served.weights,
                     disk_bytes=served.facts.disk_bytes,
+                    detail=served.detail,
                 )
             ]
         )

@@ -174,8 +174,7 @@ function legend(node, names) {
 
 function showTiles() {
   const { queue, totals } = state;
-  const latest = state.samples.slice(-3).map(([, tokens]) => tokens);
-  const speed = latest.length ? latest.reduce((sum, each) => sum + each, 0) / latest.length : 0;
+  const speed = smooth(state.samples).at(-1)?.[1] ?? 0;
   put($("tile-rate"), speed ? rate(speed) : "0");
   put($("tile-rate-more"), `${count(totals.tokens)} in all`);
   put($("tile-running"), queue.running);
@@ -206,10 +205,18 @@ function showTiles() {
   put($("totals"), `Since the start: ${said.map(([name, number]) => `${count(number)} ${name}`).join(" · ")}`);
 }
 
+/** Returns tokens a second, each the mean of three seconds: deltas come in bursts. */
+function smooth(samples) {
+  return samples.map(([ms], index) => {
+    const near = samples.slice(Math.max(0, index - 2), index + 1);
+    return [ms, near.reduce((sum, [, tokens]) => sum + tokens, 0) / near.length];
+  });
+}
+
 function showCharts() {
   const { now, samples } = state;
   const marks = state.recent
-    .filter((each) => each.first !== null && each.ended > now - SPAN)
+    .filter((each) => each.first !== null && !each.cached && each.ended > now - SPAN)
     .map((each) => ({
       ms: each.created + each.first * 1000,
       value: each.first,
@@ -218,12 +225,12 @@ function showCharts() {
     }));
   const middle = duration(median(marks.map((each) => each.value)));
   charts.first.show(now, { marks, summary: marks.length ? `${marks.length} replies, median ${middle}` : "No replies" });
-  const seen = [...new Set(state.recent.filter((each) => each.first !== null).map((each) => each.backend))];
+  const seen = [...new Set(state.recent.filter((each) => each.first !== null && !each.cached).map((each) => each.backend))];
   legend($("legend-first"), seen.sort().map((name) => [name, series(name)]));
   const last = samples.at(-1) ?? [0, 0, 0, 0];
   charts.rate.show(now, {
-    lines: [{ name: "tokens/s", series: 0, points: samples.map(([ms, tokens]) => [ms, tokens]) }],
-    summary: `Now ${rate(last[1])}`,
+    lines: [{ name: "tokens/s", series: 0, points: smooth(samples) }],
+    summary: `Now ${rate(smooth(samples).at(-1)?.[1] ?? 0)}`,
   });
   charts.queue.show(now, {
     lines: [
@@ -518,6 +525,7 @@ const link = { source: null, heard: 0, lostAt: 0, retry: 0 };
 
 function say(kind, text) {
   document.body.dataset.link = kind;
+  document.title = kind === "lost" ? "Lost – Forebay" : "Forebay";
   put($("link-text"), text);
   $("lost").hidden = kind !== "lost";
 }

@@ -71,7 +71,7 @@ export class Chart {
     for (let minute = 0; minute <= minutes; minute++) {
       const anchor = minute === 0 ? "end" : minute === minutes ? "start" : "middle";
       const text = svg("text", { x: x(this.now - minute * 60000), y: height - 4, "text-anchor": anchor }, this.root);
-      text.textContent = minute ? `−${minute} min` : "now";
+      text.textContent = minute === 0 ? "now" : minute === minutes ? `−${minute} min` : `−${minute}`;
     }
     let isEmpty = true;
     for (const line of this.lines) {

@@ -13,6 +13,7 @@ from forebay.mlx_service.worker.embedding.bert import ACTIVATIONS, Bert
 from forebay.mlx_service.worker.embedding.pooling import normalize, pool
 from forebay.mlx_service.worker.runtime import load_model, model_classes, mx
 from forebay.mlx_service.worker.sampling import Array
+from forebay.mlx_service.worker.weights import STORED, Plan, unpack
 
 Outputs: TypeAlias = Callable[[Array, Array], Array]
 """Gives an output for each token of a batch, given identifiers and which of them are tokens."""
@@ -58,15 +59,20 @@ _ACTIVATIONS: Mapping[str, Callable[[Array], Array]] = {
 }
 
 
-def load_embedder(path: Path, recipe: Recipe) -> TextEmbedder:
+def load_embedder(path: Path, recipe: Recipe, how: Plan = STORED) -> TextEmbedder:
     """Returns the model with all weights in memory. Call it on the engine's thread.
+
+    Args:
+        path: the model's folder.
+        recipe: how it embeds.
+        how: how weights are held.
 
     Raises:
         ModelLoadFailed: the folder holds no model that can embed. The message says why.
     """
     try:
         config = json.loads((path / "config.json").read_bytes())
-        outputs = _encoder(path, config) if recipe.is_encoder else _decoder(path, config)
+        outputs = _encoder(path, config, how) if recipe.is_encoder else _decoder(path, config, how)
         dense = [_linear(stage) for stage in recipe.dense]
         mx.eval(dense)
     except ModelLoadFailed:
@@ -80,7 +86,7 @@ def load_embedder(path: Path, recipe: Recipe) -> TextEmbedder:
     return TextEmbedder(outputs, recipe, dense)
 
 
-def _encoder(path: Path, config: Mapping[str, object]) -> Outputs:
+def _encoder(path: Path, config: Mapping[str, object], how: Plan) -> Outputs:
     weights: dict[str, Array] = {}
     for file in sorted(path.glob("model*.safetensors")):
         weights.update(_tensors(file))
@@ -89,7 +95,7 @@ def _encoder(path: Path, config: Mapping[str, object]) -> Outputs:
     return model
 
 
-def _decoder(path: Path, config: Mapping[str, object]) -> Outputs:
+def _decoder(path: Path, config: Mapping[str, object], how: Plan) -> Outputs:
     """Returns a language model without its last layer.
 
     It reads from left to right, so pads on the right change nothing before them.
@@ -102,12 +108,14 @@ def _decoder(path: Path, config: Mapping[str, object]) -> Outputs:
     # Without the last layer there is nothing to tie, and some folders leave its weights out.
     model, _ = load_model(
         path,
-        lazy=False,
+        lazy=how.is_float32,
         strict=True,
         trust_remote_code=False,
         model_config={"tie_word_embeddings": True},
         get_model_classes=_classes,
     )
+    if how.is_float32:
+        unpack(model, is_blocked=how.is_blocked)
     body = getattr(model, "model", None)
     if body is None:
         raise ModelLoadFailed(

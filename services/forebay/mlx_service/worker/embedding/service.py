@@ -25,6 +25,7 @@ from forebay.mlx_service.models.embedding import Recipe, capabilities
 from forebay.mlx_service.worker.embedding.engine import EmbeddingEngine, Vector
 from forebay.mlx_service.worker.embedding.load import load_embedder
 from forebay.mlx_service.worker.embedding.texts import Texts
+from forebay.mlx_service.worker.weights import STORED, Plan
 
 NORM_TOLERANCE = 1e-3
 """How far from 1 the length of a vector may be that counts as normalised."""
@@ -45,6 +46,8 @@ class Embeds:
     """What its folder holds."""
     token_count: int
     """Most tokens of a text."""
+    detail: str = ""
+    """What else is to be said of how it is loaded."""
 
     @property
     def recipe(self) -> Recipe:
@@ -161,6 +164,7 @@ class EmbeddingService:
                     capabilities=capabilities(probed=True),
                     weights=served.weights,
                     disk_bytes=served.facts.disk_bytes,
+                    detail=served.detail,
                 )
             ]
         )
@@ -298,7 +302,13 @@ class EmbeddingService:
 
 
 def assemble(
-    path: Path, facts: ModelFacts, *, model_id: str, backend: str, token_count: int | None
+    path: Path,
+    facts: ModelFacts,
+    *,
+    model_id: str,
+    backend: str,
+    token_count: int | None,
+    how: Plan = STORED,
 ) -> tuple[EmbeddingService, EmbeddingEngine, Texts]:
     """Puts a worker for an embedding model together. Nothing is loaded yet.
 
@@ -308,14 +318,15 @@ def assemble(
         model_id: name under which it is asked for.
         backend: name of the backend it belongs to.
         token_count: most tokens of a text. None is what the model takes.
+        how: how weights are held.
     """
     assert facts.recipe is not None
     recipe = facts.recipe
     most = recipe.token_count or token_count or DEFAULT_TOKEN_COUNT
     most = min(most, token_count) if token_count else most
     texts = Texts(path, most)
-    engine = EmbeddingEngine(lambda: load_embedder(path, recipe), longest=most)
-    served = Embeds(model_id=model_id, backend=backend, facts=facts, token_count=most)
+    engine = EmbeddingEngine(lambda: load_embedder(path, recipe, how), longest=most)
+    served = Embeds(model_id=model_id, backend=backend, facts=facts, token_count=most, detail=how.reason)
     return EmbeddingService(served, engine, texts), engine, texts
 
 
