@@ -19,14 +19,12 @@ from forebay.inference.v1 import inference_pb2 as pb
 
 def table(response: fleet_pb.ExplainRouteResponse) -> Table:
     """Returns the candidates as a table, best first."""
-    scorers = sorted({name for candidate in response.candidates for name in candidate.scores})
     grid = render.grid()
     grid.add_column("")
     grid.add_column("backend", overflow="fold")
     grid.add_column("model", overflow="fold")
+    grid.add_column("found by")
     grid.add_column("score", justify="right")
-    for scorer in scorers:
-        grid.add_column(render.safe(scorer), justify="right", style="dim")
     grid.add_column("refused by", overflow="fold")
     for index, candidate in enumerate(response.candidates):
         chosen = index == 0 and not candidate.refused_by
@@ -35,11 +33,55 @@ def table(response: fleet_pb.ExplainRouteResponse) -> Table:
             Text("\N{RIGHTWARDS ARROW}" if chosen else "", style="bold green"),
             Text(render.safe(candidate.backend), style="bold" if chosen else ""),
             Text(render.safe(candidate.model)),
+            render.safe(candidate.match) or "-",
             "-" if candidate.refused_by else f"{candidate.total_score:.3f}",
-            *(f"{candidate.scores[scorer]:.2f}" if scorer in candidate.scores else "-" for scorer in scorers),
             Text(render.safe(refusal), style="red"),
         )
+    notes = [
+        f"{candidate.backend}: {candidate.match_detail}"
+        for candidate in response.candidates
+        if candidate.match_detail
+    ]
+    if notes:
+        grid.caption = Text(render.safe("\n".join(notes)), style="dim")
+        grid.caption_justify = "left"
     return grid
+
+
+def scores(response: fleet_pb.ExplainRouteResponse) -> Table | None:
+    """Returns the scores as a table with a line for each scorer; None if nobody was scored.
+
+    Backends are few and scorers many, so that it fits a terminal this way about.
+    """
+    scored = [candidate for candidate in response.candidates if candidate.scores]
+    if not scored:
+        return None
+    names = [candidate.backend for candidate in scored]
+    grid = render.grid()
+    grid.add_column("scorer")
+    for candidate, name in zip(scored, names, strict=True):
+        heading = name if names.count(name) == 1 else f"{name} {candidate.model}"
+        grid.add_column(Text(render.safe(heading)), justify="right", overflow="fold")
+    for scorer in sorted({scorer for candidate in scored for scorer in candidate.scores}):
+        values = [dict(candidate.scores).get(scorer) for candidate in scored]
+        known = [value for value in values if value is not None]
+        # What is the same for all decides nothing.
+        is_telling = max(known) - min(known) >= _TELLING
+        grid.add_row(
+            Text(render.safe(scorer), style="" if is_telling else "dim"),
+            *(
+                Text(
+                    "-" if value is None else f"{value:.2f}",
+                    style="bold" if is_telling and value == max(known) else "dim",
+                )
+                for value in values
+            ),
+        )
+    return grid
+
+
+_TELLING = 0.005
+"""Difference of two scores that can be seen in the digits shown."""
 
 
 @command.command
@@ -71,6 +113,10 @@ def explain(
     if response.request_class:
         console.print(f"taken for {response.request_class}{reasons}", markup=False, soft_wrap=True)
     render.show_table(console, table(response))
+    grid = scores(response)
+    if grid is not None:
+        console.print()
+        render.show_table(console, grid)
     if not any(not candidate.refused_by for candidate in response.candidates):
         render.note("no backend can take this request", style="yellow")
         return ExitCode.UNAVAILABLE

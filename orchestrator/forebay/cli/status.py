@@ -81,6 +81,8 @@ def table(backends: Iterable[fleet_pb.Backend]) -> Table:
 def remarks(backend: fleet_pb.Backend) -> list[str]:
     """Returns what else there is to say of a backend, a line each: why it is not well, its open breakers."""
     lines = [f"{backend.name}: {render.safe(backend.detail)}"] if backend.detail else []
+    if 0.0 < backend.share < 1.0:
+        lines.append(f"{backend.name}: comes back with {backend.share:.0%} of its share of calls")
     for breaker in backend.breakers:
         state = render.enum_text(fleet_pb.Breaker.State.Name(breaker.state), "STATE_")
         whose = f"model {render.safe(breaker.model)}" if breaker.model else "the whole backend"
@@ -91,6 +93,35 @@ def remarks(backend: fleet_pb.Backend) -> list[str]:
         )
         lines.append(f"{backend.name}: breaker of {whose} is {state} ({breaker.reason}{left})")
     return lines
+
+
+def performance(backends: Iterable[fleet_pb.Backend]) -> Table | None:
+    """Returns what was measured lately as a table with a line for each model; None if nothing was."""
+    measured = [(backend.name, each) for backend in backends for each in backend.performance]
+    if not measured:
+        return None
+    grid = render.grid()
+    grid.add_column("backend", overflow="fold")
+    grid.add_column("model", overflow="fold")
+    for heading in ("calls", "failed", "read tok/s", "tok/s"):
+        grid.add_column(heading, justify="right")
+    grid.add_column("first token by length of prompt", overflow="fold")
+    for name, each in measured:
+        grid.add_row(
+            Text(render.safe(name), style="bold"),
+            Text(render.safe(each.model)),
+            str(each.call_count),
+            f"{each.error_ratio:.0%}",
+            f"{each.prefill_tokens_per_second:.0f}" if each.prefill_tokens_per_second else "-",
+            f"{each.output_tokens_per_second:.1f}" if each.output_tokens_per_second else "-",
+            ", ".join(map(_first_delta_text, each.first_deltas)) or "-",
+        )
+    return grid
+
+
+def _first_delta_text(first: fleet_pb.FirstDelta) -> str:
+    bound = f"to {first.max_prompt_token_count}" if first.max_prompt_token_count else "longer"
+    return f"{bound}: {render.seconds_text(first.median_duration.ToTimedelta().total_seconds())}"
 
 
 def _models_text(backend: fleet_pb.Backend) -> str:
@@ -134,6 +165,10 @@ def show(console: Console, backends: list[fleet_pb.Backend]) -> None:
     """Prints the backends: a table on a terminal that has room for it, else a line each."""
     if console.is_terminal and console.width >= 80:
         render.show_table(console, table(backends))
+        measured = performance(backends)
+        if measured is not None:
+            console.print()
+            render.show_table(console, measured)
         return
     for backend in backends:
         console.print(line(backend), markup=False, soft_wrap=True)

@@ -6,6 +6,7 @@ import asyncio
 import random
 from collections.abc import Sequence
 from contextlib import AbstractAsyncContextManager, nullcontext
+from pathlib import Path
 
 import grpc.aio
 
@@ -26,10 +27,13 @@ from forebay.orchestrator.fleet.endpoint import Endpoint
 from forebay.orchestrator.fleet.feed import Feed
 from forebay.orchestrator.fleet.figures import show
 from forebay.orchestrator.fleet.fleet import Fleet, Member
+from forebay.orchestrator.fleet.history import History
 from forebay.orchestrator.fleet.management import Management
 from forebay.orchestrator.fleet.probe import Probe
 from forebay.orchestrator.layers.hedge import FirstDeltas
 from forebay.orchestrator.replies import MemoryStore, Store
+from forebay.orchestrator.routing.affinity import Affinity
+from forebay.orchestrator.routing.matching import Matcher
 from forebay.orchestrator.routing.router import Router
 from forebay.orchestrator.servicer import FLEET_SERVICE, FleetServicer
 from forebay.orchestrator.stack import endpoint_stack, request_stack
@@ -57,10 +61,19 @@ class Orchestrator:
         self._clock: Clock = asyncio.get_running_loop().time
         feed = Feed()
         self._times = FirstDeltas()
+        matcher = Matcher(settings.matching, own_names=settings.aliases)
         self.fleet = Fleet(
-            [self._member(backend, feed) for backend in settings.backends if backend.enabled], feed
+            [self._member(backend, feed) for backend in settings.backends if backend.enabled], feed, matcher
         )
-        self.router = Router(weights=settings.scorers, picker=settings.picker, source=self._source)
+        self._remember_performance(settings.performance.state_dir)
+        affinity = Affinity(settings.affinity, clock=self._clock)
+        self.router = Router(
+            weights=settings.scorers,
+            picker=settings.picker,
+            source=self._source,
+            matcher=matcher,
+            affinity=affinity,
+        )
         budget = RetryBudget(
             ratio=settings.retry.budget_ratio,
             per_second=settings.retry.budget_per_second,
@@ -70,7 +83,12 @@ class Orchestrator:
             queue=settings.admission.queue,
             queue_bytes=settings.admission.queue_bytes,
             ageing=settings.admission.ageing.total_seconds(),
-            capacity=Capacity(self.fleet, unknown=settings.admission.concurrency, clock=self._clock),
+            capacity=Capacity(
+                self.fleet,
+                unknown=settings.admission.concurrency,
+                clock=self._clock,
+                find=self.fleet.find,
+            ),
             clock=self._clock,
         )
         self.activity = Activity(self.admission, clock=self._clock)
@@ -85,6 +103,7 @@ class Orchestrator:
             spawn=self.fleet.spawn,
             weights=self.fleet.weights,
             times=self._times,
+            affinity=affinity,
             telemetry=self._telemetry,
             activity=self.activity,
         )
@@ -103,6 +122,14 @@ class Orchestrator:
         )
         fleet_pb2_grpc.add_FleetServiceServicer_to_server(servicer, server)
         return [FLEET_SERVICE]
+
+    def _remember_performance(self, folder: Path | None) -> None:
+        if folder is None:
+            return
+        history = History(folder, {endpoint.name: endpoint.performance for endpoint in self.fleet})
+        history.load()
+        self.fleet.while_open(history.keep)
+        self.fleet.on_close(history.close)
 
     def dashboard(self) -> AbstractAsyncContextManager[object]:
         """Serves the dashboard for the length of a block, if there is an address for it."""
@@ -146,6 +173,8 @@ class Orchestrator:
             source=self._source,
             on_change=feed.publish,
             on_first_delta=self._times.note,
+            performance=self.settings.performance,
+            slow_start=self.settings.slow_start,
         )
         channel = connect(backend.address, tls_roots=backend.tls_roots)
         credentials = _credentials(backend)

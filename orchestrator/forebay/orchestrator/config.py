@@ -223,6 +223,17 @@ class CacheSettings(Settings):
         return self
 
 
+class GatherSettings(Settings):
+    """When embedding calls of several callers are sent to a backend as one."""
+
+    window: Duration = Field(
+        default=timedelta(milliseconds=3),
+        description="How long a call for embeddings waits for others of its kind, while earlier ones are "
+        "being served. A call that comes alone never waits. 0 sends each by itself.",
+    )
+    max_texts: int = Field(default=64, ge=1, description="Most texts that are sent together.")
+
+
 class HedgeSettings(Settings):
     """When a slow call is tried on a second backend at the same time."""
 
@@ -262,9 +273,84 @@ class ScorerWeights(Settings):
         description="What the request needs beyond plain text was tried on the running server, and not only "
         "claimed.",
     )
-    latency: float = Field(default=2.0, ge=0.0, description="Short recent time to the first delta.")
-    health: float = Field(default=2.0, ge=0.0, description="Few recent failures.")
+    latency: float = Field(
+        default=2.0,
+        ge=0.0,
+        description="Short expected time to the first delta: of queue, load and what is left of the prompt "
+        "to read, as measured.",
+    )
+    speed: float = Field(default=1.0, ge=0.0, description="Many tokens a second of one reply, as measured.")
+    tokens: float = Field(default=1.0, ge=0.0, description="Few tokens due to calls in progress.")
+    affinity: float = Field(
+        default=5.0,
+        ge=0.0,
+        description="It holds the beginning of this conversation, evaluated. Fades where calls wait.",
+    )
+    memory: float = Field(
+        default=3.0, ge=0.0, description="Room in memory for a model that is not loaded yet."
+    )
+    health: float = Field(default=4.0, ge=0.0, description="Few recent failures.")
     weight: float = Field(default=1.0, ge=0.0, description="The backend's configured weight.")
+
+
+class MatchingSettings(Settings):
+    """How a model's name finds the model on backends that spell it in another way."""
+
+    automatic: bool = Field(
+        default=True,
+        description="Whether a model is found by equal weights, or by what its name says of line, size, "
+        "variant and quantisation. Names in `aliases` mean what they say and are left alone.",
+    )
+    like: bool = Field(
+        default=False,
+        description="Whether the same model in another quantisation may answer where nobody can serve the "
+        "one asked for. Only to callers who accept MODEL_SUBSTITUTED, and marked in the answer.",
+    )
+
+
+class SlowStartSettings(Settings):
+    """How a backend that was ejected gets its share of the calls back."""
+
+    window: Duration = Field(
+        default=timedelta(seconds=8),
+        description="Time from the end of an ejection to the full share. 0 gives it all at once.",
+    )
+    share: float = Field(default=0.1, gt=0.0, le=1.0, description="Share it begins with.")
+
+
+class PerformanceSettings(Settings):
+    """What is remembered of how fast backends are."""
+
+    window: Duration = Field(
+        default=timedelta(minutes=30), description="How far back measurements are looked at."
+    )
+    samples: int = Field(
+        default=64, ge=4, le=4096, description="Most measurements of one kind that are kept, for each model."
+    )
+    state_dir: Path | None = Field(
+        default=None,
+        description="Folder in which they are kept over a restart. Unset forgets them. Figures only: no "
+        "text, and nothing of callers.",
+    )
+
+    @model_validator(mode="after")
+    def _check_window(self) -> PerformanceSettings:
+        if self.window <= timedelta(0):
+            raise ValueError("window must be longer than 0")
+        return self
+
+
+class AffinitySettings(Settings):
+    """How long it is remembered which backend holds which conversation."""
+
+    entries: int = Field(
+        default=16384,
+        ge=0,
+        description="Beginnings of conversations that are remembered. 0 goes by what backends list alone.",
+    )
+    ttl: Duration = Field(
+        default=timedelta(minutes=30), description="How long one is remembered after it was last used."
+    )
 
 
 class ProbeSettings(Settings):
@@ -322,6 +408,9 @@ class OrchestratorSettings(ServerSettings):
         description="Which identical calls in flight share one reply, if it is greedy or seeded: those that "
         "`routing.cache` allows to be kept, all, or none.",
     )
+    gather: GatherSettings = Field(
+        default_factory=GatherSettings, description="How small calls for embeddings are put together."
+    )
     hedge: HedgeSettings = Field(
         default_factory=HedgeSettings, description="When slow calls are tried twice at the same time."
     )
@@ -330,6 +419,18 @@ class OrchestratorSettings(ServerSettings):
         default="best",
         description="How one of the scored backends is taken: `best` takes the best one; `two` takes the "
         "better of two at random, which suits several orchestrators before the same backends.",
+    )
+    matching: MatchingSettings = Field(
+        default_factory=MatchingSettings, description="How models are found by name."
+    )
+    affinity: AffinitySettings = Field(
+        default_factory=AffinitySettings, description="How conversations return to who holds them."
+    )
+    slow_start: SlowStartSettings = Field(
+        default_factory=SlowStartSettings, description="How ejected backends return."
+    )
+    performance: PerformanceSettings = Field(
+        default_factory=PerformanceSettings, description="How the speed of backends is remembered."
     )
     probe: ProbeSettings = Field(default_factory=ProbeSettings, description="How backends are watched.")
     web_address: Address | None = Field(

@@ -12,7 +12,7 @@ import grpc.aio
 from forebay.fleet.v1 import fleet_pb2, fleet_pb2_grpc
 from forebay.kit.failure import CallerLeft, InvalidRequest
 from forebay.kit.pipeline import Request
-from forebay.kit.rpc import Edge, write
+from forebay.kit.rpc import Edge, caller, write
 from forebay.orchestrator.activity import Activity
 from forebay.orchestrator.fleet.fleet import Fleet
 from forebay.orchestrator.routing.router import Candidate, Router
@@ -92,7 +92,7 @@ class FleetServicer(fleet_pb2_grpc.FleetServiceServicer):
     ) -> fleet_pb2.ExplainRouteResponse:
         """Says where a request would go now, and why not elsewhere."""
         async with self._edge.serve(context, f"{FLEET_SERVICE}/ExplainRoute"):
-            return self._explain(request)
+            return self._explain(request, caller(context))
 
     async def WatchActivity(  # type: ignore[override]  # stubs know only generators
         self, request: fleet_pb2.WatchActivityRequest, context: Context
@@ -108,7 +108,7 @@ class FleetServicer(fleet_pb2_grpc.FleetServiceServicer):
                 await write(context, watch.look())
                 await asyncio.sleep(interval)
 
-    def _explain(self, request: fleet_pb2.ExplainRouteRequest) -> fleet_pb2.ExplainRouteResponse:
+    def _explain(self, request: fleet_pb2.ExplainRouteRequest, asker: str) -> fleet_pb2.ExplainRouteResponse:
         kind = request.WhichOneof("kind")
         if kind is None:
             raise InvalidRequest(
@@ -121,7 +121,7 @@ class FleetServicer(fleet_pb2_grpc.FleetServiceServicer):
         refused: list[Candidate] = []
         for model in models:
             asked.model = model
-            decision = self._router.decide(asked, self._fleet.snapshot())
+            decision = self._router.decide(asked, self._fleet.snapshot(), caller=asker)
             answer.request_class = decision.traits.request_class
             answer.class_reasons[:] = decision.traits.reasons
             # Best first within a model, and the models in the order in which they are tried.

@@ -29,6 +29,7 @@ from forebay.orchestrator.layers.coalesce import Coalesce, Spawn
 from forebay.orchestrator.layers.continue_ import Continue
 from forebay.orchestrator.layers.deadline import Deadline
 from forebay.orchestrator.layers.fallback import Fallback
+from forebay.orchestrator.layers.gather import Gather
 from forebay.orchestrator.layers.guard import Guard
 from forebay.orchestrator.layers.hedge import FirstDeltas, Hedge
 from forebay.orchestrator.layers.remember import Lookup, Remember
@@ -36,6 +37,7 @@ from forebay.orchestrator.layers.route import Fleet, Route
 from forebay.orchestrator.layers.span import Span
 from forebay.orchestrator.layers.verify import Verify
 from forebay.orchestrator.replies import Store
+from forebay.orchestrator.routing.affinity import Affinity
 from forebay.orchestrator.routing.router import Decision, Router
 
 
@@ -51,6 +53,7 @@ def request_stack(
     spawn: Spawn | None = None,
     weights: Callable[[str], str] = lambda model: "",
     times: FirstDeltas | None = None,
+    affinity: Affinity | None = None,
     telemetry: Telemetry | None = None,
     activity: Activity | None = None,
 ) -> Service:
@@ -67,6 +70,7 @@ def request_stack(
         spawn: starts tasks that no call owns; None shares no replies.
         weights: returns what is known of the weights behind a model's name.
         times: how long first deltas took lately. None knows of none.
+        affinity: told which backend has read which conversation. None remembers nothing.
         telemetry: of this process; None tells nobody.
         activity: the record of requests; None keeps one that nobody reads.
     """
@@ -112,6 +116,17 @@ def request_stack(
                 on_join=record.joined,
             )
         )
+    if spawn is not None and settings.gather.window:
+        # Above Admit, so that calls that wait for a turn are gathered too, and take one together.
+        caching.append(
+            lambda inner: Gather(
+                inner,
+                spawn=spawn,
+                window=settings.gather.window,
+                max_texts=settings.gather.max_texts,
+                on_gathered=lambda count: watched_by.metrics.record(metrics.GATHERED, count, {}),
+            )
+        )
     return stack(
         # Above all, so that its span covers every attempt and every wait, and tells the caller's time.
         lambda inner: Account(
@@ -153,7 +168,7 @@ def request_stack(
             on_race=record.raced,
         ),
         # At the bottom: what is below belongs to one backend.
-        around=Route(fleet=fleet, router=router, on_decision=on_decision),
+        around=Route(fleet=fleet, router=router, on_decision=on_decision, affinity=affinity),
     )
 
 

@@ -159,6 +159,10 @@ CACHE = Metric(
     name="forebay.cache.lookups", kind="counter", unit="1", labels=("forebay.cache", "forebay.cache.result"),
     meaning="Lookups by result: of prompts in a framework's `prefix` cache, of answers in `replies`.",
 )  # fmt: skip
+GATHERED = Metric(
+    name="forebay.embed.gathered", kind="histogram", unit="{call}", buckets=(1, 2, 4, 8, 16, 32, 64),
+    meaning="Calls for embeddings that went to a backend as one.",
+)  # fmt: skip
 DECISIONS = Metric(
     name="forebay.route.decisions", kind="counter", unit="1", labels=(_BACKEND, "forebay.route.class"),
     meaning="Where the router sent attempts; the backend is empty where none could serve.",

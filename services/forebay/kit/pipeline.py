@@ -74,6 +74,8 @@ class Call(Generic[Request_co]):
     """Names of backends that have failed this call, so that the next attempt goes elsewhere."""
     on_route: Callable[[str], None] | None = None
     """Told which backend each attempt goes to, before it goes there."""
+    tokens: float = 0.0
+    """Tokens that it may need to have read and written, roughly. 0.0 is not known."""
     resumption: Resumption | None = None
     """Set if the request's `continue_from` is part of a reply that the caller has already read."""
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping
 
+from forebay.inference.v1 import inference_pb2 as pb
 from forebay.orchestrator.clock import Clock
 from forebay.orchestrator.fleet.endpoint import Endpoint, State
 
@@ -25,9 +26,18 @@ class Capacity:
         unknown: calls at once for a backend that does not tell, and for a fleet in which nobody takes calls:
             those calls should learn so from the router and not wait for it.
         clock: gives the time in seconds.
+        find: returns the models that a name means, by backend. None asks each backend by itself.
     """
 
-    def __init__(self, endpoints: Iterable[Endpoint], *, unknown: int, clock: Clock) -> None:
+    def __init__(
+        self,
+        endpoints: Iterable[Endpoint],
+        *,
+        unknown: int,
+        clock: Clock,
+        find: Callable[[str], Mapping[str, pb.Model]] | None = None,
+    ) -> None:
+        self._find = find
         self._endpoints = endpoints
         self._unknown = unknown
         self._clock = clock
@@ -48,7 +58,7 @@ class Capacity:
     def _slots(self, endpoint: Endpoint, model: str) -> int:
         if not model:
             return endpoint.settings.slots or self._unknown
-        found = endpoint.find(model)
+        found = endpoint.find(model) if self._find is None else self._find(model).get(endpoint.name)
         if found is None:
             return 0
         return endpoint.settings.slots or found.slot_count or self._unknown

@@ -20,9 +20,11 @@ from forebay.kit.layers.limit import Limit
 from forebay.kit.layers.measure import Ending, Outcome
 from forebay.kit.pipeline import Call, Request, Send, Service
 from forebay.orchestrator.clock import Clock
-from forebay.orchestrator.config import BackendSettings
+from forebay.orchestrator.config import BackendSettings, PerformanceSettings, SlowStartSettings
 from forebay.orchestrator.fleet.breaker import BreakerState
 from forebay.orchestrator.fleet.breakers import Breakers
+from forebay.orchestrator.fleet.performance import Performance
+from forebay.orchestrator.fleet.slow_start import SlowStart
 from forebay.orchestrator.routing.names import find_model
 from forebay.orchestrator.routing.view import EndpointView
 
@@ -63,6 +65,8 @@ class Endpoint:
         on_change: told the backend's name whenever something changes that a watcher may want to see.
         now: gives the time of day.
         on_first_delta: told how many seconds each call took to its first delta.
+        performance: how its speed is remembered.
+        slow_start: how it gets its share back after an ejection.
     """
 
     def __init__(
@@ -75,10 +79,13 @@ class Endpoint:
         on_change: Callable[[str], None] = lambda name: None,
         now: Callable[[], datetime] = lambda: datetime.now(UTC),
         on_first_delta: Callable[[float], None] = lambda seconds: None,
+        performance: PerformanceSettings | None = None,
+        slow_start: SlowStartSettings | None = None,
     ) -> None:
         self.settings = settings
         self.name = settings.name
         self.breakers = Breakers(settings.name, settings.breaker, clock=clock, source=source)
+        self.performance = Performance(performance or PerformanceSettings(), clock=clock)
         self.limit: Limit | None = None
         self.service: Service | None = None
         self._aliases = dict(aliases)
@@ -97,7 +104,10 @@ class Endpoint:
         self._absence = ""  # what was last logged of the framework's absence
         self._models: tuple[pb.Model, ...] = ()
         self._are_models_known = False
+        self._memory: pb.Memory | None = None
         self._outstanding = 0
+        self._outstanding_tokens = 0.0
+        self._slow_start = SlowStart(slow_start or SlowStartSettings(), clock=clock)
         self._first_delta: float | None = None
         self._tokens_per_second: float | None = None
         self._succeeded = 0
@@ -116,15 +126,18 @@ class Endpoint:
         assert self.service is not None, "the stack is built before the first call"
         # Counted before the first await, so that calls that are routed at the same moment see each other.
         self._outstanding += 1
+        self._outstanding_tokens += call.tokens
         self._publish()
         try:
             await self.service(call, send)
         finally:
             self._outstanding -= 1
+            self._outstanding_tokens -= call.tokens
             self._publish()
 
     def record(self, outcome: Outcome) -> None:
         """Takes in what a call took."""
+        self.performance.record(outcome)
         if outcome.ending is Ending.DONE:
             self._succeeded += 1
         elif outcome.failure is not None and outcome.failure.fault is Fault.BACKEND:
@@ -167,8 +180,14 @@ class Endpoint:
         self._detail = _line(detail)
         self.update()
 
-    def list_models(self, models: Sequence[pb.Model]) -> None:
-        """It listed its models."""
+    def list_models(self, models: Sequence[pb.Model], memory: pb.Memory | None = None) -> None:
+        """It listed its models.
+
+        Args:
+            models: what it can serve.
+            memory: what they share, if it tells.
+        """
+        self._memory = memory
         listed: dict[str, pb.Model] = {}
         for model in models:
             ours = pb.Model()
@@ -181,7 +200,9 @@ class Endpoint:
                 meant.aliases.append(alias)
         found = tuple(listed.values())
         is_news = found != self._models or not self._are_models_known or bool(self._list_error)
-        self._models, self._are_models_known, self._list_error = found, True, ""
+        if is_news:  # else the list stays the very same, and what was found in it holds
+            self._models = found
+        self._are_models_known, self._list_error = True, ""
         if self._is_unexplained or self._is_framework_gone:
             self._is_unexplained = self._is_framework_gone = False
             self.update()
@@ -258,6 +279,8 @@ class Endpoint:
         else:
             state = State.ACTIVE
         if state is not self._state:
+            if self._state is State.EJECTED and state is State.ACTIVE:
+                self._slow_start.begin()
             self._state = state
             self._changed_at = self._clock()
             self._change_time = self._now()
@@ -312,6 +335,10 @@ class Endpoint:
             queue=self.settings.queue,
             first_delta=self._first_delta,
             success_rate=whole.success_rate,
+            outstanding_tokens=self._outstanding_tokens,
+            figures=self.performance.figures(),
+            memory=self._memory,
+            share=self.share,
             weight=self.settings.weight,
         )
 
@@ -319,6 +346,11 @@ class Endpoint:
     def framework(self) -> str:
         """The framework behind it."""
         return self.settings.framework or self.name
+
+    @property
+    def share(self) -> float:
+        """Part of its full share of calls that it should get now, in (0.0, 1.0]."""
+        return self._slow_start.share
 
     @property
     def queued(self) -> int:
@@ -359,6 +391,9 @@ class Endpoint:
             output_tokens_per_second=self._tokens_per_second or 0.0,
             succeeded_call_count=self._succeeded,
             failed_call_count=self._failed,
+            memory=self._memory,
+            performance=self.performance.to_proto(),
+            share=self.share,
         )
         backend.state_change_time.FromDatetime(self._change_time)
         if self._first_delta is not None:

@@ -8,12 +8,14 @@ from types import TracebackType
 
 import grpc.aio
 
+from forebay.inference.v1 import inference_pb2 as pb
 from forebay.kit.failure import BackendNotFound
 from forebay.kit.pipeline import Service
 from forebay.kit.relay import Pairs
 from forebay.orchestrator.fleet.endpoint import Endpoint
 from forebay.orchestrator.fleet.feed import Feed
 from forebay.orchestrator.fleet.probe import Probe
+from forebay.orchestrator.routing.matching import Match, Matcher
 from forebay.orchestrator.routing.view import EndpointView
 
 
@@ -45,11 +47,14 @@ class Fleet:
     Args:
         members: the backends, in the order of the configuration.
         feed: passes on what changes.
+        matcher: finds models by name. None is one with the default settings.
     """
 
-    def __init__(self, members: Sequence[Member], feed: Feed) -> None:
+    def __init__(self, members: Sequence[Member], feed: Feed, matcher: Matcher | None = None) -> None:
         self._members = {member.endpoint.name: member for member in members}
         self.feed = feed
+        self._matcher = matcher or Matcher()
+        self._keepers: list[Callable[[], Coroutine[None, None, None]]] = []
         self._group = asyncio.TaskGroup()
         self._tasks: list[asyncio.Task[None]] = []
         self._guests: set[asyncio.Task[None]] = set()
@@ -98,8 +103,17 @@ class Fleet:
 
     def weights(self, model: str) -> str:
         """Returns what tells the weights behind a model's name from others: digests, as far as known."""
-        found = (endpoint.find(model) for endpoint in self)
-        return " ".join(sorted({each.weights.digest for each in found if each is not None}))
+        return " ".join(sorted({found.weights.digest for found in self.find(model).values()}))
+
+    def find(self, model: str) -> dict[str, pb.Model]:
+        """Returns the models that a name means for calls, by backend: those that may answer."""
+        found = self._matcher.find(model, [endpoint.models for endpoint in self])
+        may_be_like = self._matcher.settings.like
+        return {
+            name: each.model
+            for name, each in zip(self._members, found, strict=True)
+            if each is not None and (may_be_like or each.match is not Match.LIKE)
+        }
 
     def spawn(self, work: Coroutine[None, None, None], name: str) -> asyncio.Task[None]:
         """Starts a task that ends with the fleet at the latest. It must not fail."""
@@ -107,6 +121,10 @@ class Fleet:
         self._guests.add(task)
         task.add_done_callback(self._guests.discard)
         return task
+
+    def while_open(self, work: Callable[[], Coroutine[None, None, None]]) -> None:
+        """Has a task run from when the fleet is entered until it is left. It must not fail."""
+        self._keepers.append(work)
 
     def on_close(self, close: Callable[[], Awaitable[None]]) -> None:
         """Has something closed after all tasks have ended."""
@@ -117,6 +135,8 @@ class Fleet:
         for name, member in self._members.items():
             for work in (member.probe.watch_health, member.probe.watch_models):
                 self._tasks.append(self._group.create_task(work(), name=f"{name}.{work.__name__}"))
+        for keeper in self._keepers:
+            self._tasks.append(self._group.create_task(keeper(), name="keeper"))
         return self
 
     async def __aexit__(

@@ -140,4 +140,5 @@ class Probe:
         except TimeoutError:
             self._endpoint.fail_to_list("it did not answer in time")
         else:
-            self._endpoint.list_models(answer.models)
+            memory = answer.memory if answer.HasField("memory") else None
+            self._endpoint.list_models(answer.models, memory)

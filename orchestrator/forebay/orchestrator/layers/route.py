@@ -8,14 +8,20 @@ from typing import Protocol
 from opentelemetry import trace
 
 from forebay.inference.v1 import inference_pb2 as pb
-from forebay.kit.failure import Failure, WrongModel
+from forebay.kit.failure import BackendUnavailable, BrokenStream, Failure, StreamInterrupted, WrongModel
 from forebay.kit.pipeline import Call, Event, Request, Resumption, Send, Service
+from forebay.orchestrator.routing.affinity import Affinity
 from forebay.orchestrator.routing.filters import can
+from forebay.orchestrator.routing.matching import Match
 from forebay.orchestrator.routing.names import is_same
 from forebay.orchestrator.routing.router import Candidate, Decision, Router, Snapshot
 
 CONTINUING = frozenset({pb.CONTINUATION_POLICY_SAME_WEIGHTS, pb.CONTINUATION_POLICY_ANY_MODEL})
 """Policies under which a reply may go on elsewhere."""
+
+
+_LOSSES = (BackendUnavailable, BrokenStream, StreamInterrupted)
+"""Failures after which a backend is likely to be another process, which has read nothing yet."""
 
 
 class Fleet(Protocol):
@@ -35,14 +41,21 @@ class Route:
         fleet: the backends.
         router: decides.
         on_decision: told of each decision, for metrics.
+        affinity: told which backend has read which conversation. None remembers nothing.
     """
 
     def __init__(
-        self, *, fleet: Fleet, router: Router, on_decision: Callable[[Decision], None] | None = None
+        self,
+        *,
+        fleet: Fleet,
+        router: Router,
+        on_decision: Callable[[Decision], None] | None = None,
+        affinity: Affinity | None = None,
     ) -> None:
         self._fleet = fleet
         self._router = router
         self._on_decision = on_decision
+        self._affinity = affinity
 
     async def __call__(self, call: Call[Request], send: Send) -> None:
         """Serves a call.
@@ -53,7 +66,11 @@ class Route:
             WrongModel: another model answered.
         """
         decision = self._router.decide(
-            call.request, self._fleet.snapshot(), tried=call.tried, resumption=call.resumption
+            call.request,
+            self._fleet.snapshot(),
+            tried=call.tried,
+            resumption=call.resumption,
+            caller=call.caller,
         )
         if self._on_decision is not None:
             self._on_decision(decision)
@@ -68,10 +85,14 @@ class Route:
         check = _Check(call, chosen, send)
         try:
             # No await between the decision and here: what was decided is still true when the call is counted.
-            await inner(call.with_(request=request), check)
+            await inner(call.with_(request=request, tokens=decision.traits.due_tokens), check)
         except Failure as failure:
             failure.metadata["backend"] = chosen.name
+            if self._affinity is not None and isinstance(failure, _LOSSES):
+                self._affinity.forget(chosen.name)
             raise
+        if self._affinity is not None and decision.chain:
+            self._affinity.note(call.caller, chosen.name, decision.chain)
 
 
 class _Check:
@@ -102,6 +123,8 @@ class _Check:
         if not answer.model:
             answer.model = asked
         if self._is_allowed(answer.model):
+            if self._chosen.match is Match.LIKE:  # only where the caller accepts it
+                _mark(answer, f"model {answer.model} answers: {self._chosen.match_detail}")
             return
         accepted = getattr(self._request, "accepted_degradations", ())
         if pb.DEGRADATION_KIND_MODEL_SUBSTITUTED not in accepted or isinstance(
@@ -111,13 +134,7 @@ class _Check:
                 f"backend {self._chosen.name} was asked for model {asked} and answered with {answer.model}",
                 metadata={"backend": self._chosen.name, "asked": asked, "answered": answer.model},
             )
-        kinds = {degradation.kind for degradation in answer.degradations}
-        if pb.DEGRADATION_KIND_MODEL_SUBSTITUTED not in kinds:
-            answer.degradations.add(
-                kind=pb.DEGRADATION_KIND_MODEL_SUBSTITUTED,
-                field="model",
-                detail=f"model {answer.model} answers instead of {asked}",
-            )
+        _mark(answer, f"model {answer.model} answers instead of {asked}")
 
     def _weigh(self, started: pb.Started) -> None:
         """Says which weights answer, and refuses others than those a reply must go on with."""
@@ -138,6 +155,14 @@ class _Check:
     def _is_allowed(self, answered: str) -> bool:
         named = (self._chosen.spelling, *self._request.routing.fallback_models)
         return any(is_same(name, answered, self._chosen.endpoint.models) for name in named)
+
+
+def _mark(answer: pb.Started | pb.EmbedResponse | pb.CountTokensResponse, detail: str) -> None:
+    """Says that another model answers than the one asked for. A count of tokens has no place for it."""
+    if isinstance(answer, pb.CountTokensResponse):
+        return
+    if pb.DEGRADATION_KIND_MODEL_SUBSTITUTED not in {each.kind for each in answer.degradations}:
+        answer.degradations.add(kind=pb.DEGRADATION_KIND_MODEL_SUBSTITUTED, field="model", detail=detail)
 
 
 def _addressed(call: Call[Request], chosen: Candidate) -> Request:
@@ -182,4 +207,6 @@ def _note(decision: Decision) -> None:
     for candidate in decision.candidates:
         key = f"forebay.route.{candidate.name}"
         attributes[key] = candidate.refused_by or f"{candidate.total:.3f}"
+    if decision.chosen is not None and decision.chosen.match is not None:
+        attributes["forebay.route.match"] = decision.chosen.match.value
     span.add_event("forebay.route", attributes)

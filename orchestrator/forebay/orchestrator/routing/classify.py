@@ -22,6 +22,27 @@ MOST_CHARACTERS_PER_TOKEN = 256
 """No vocabulary in use has longer tokens (the longest are runs of spaces or dashes). A prompt therefore has
 at least one token for each such stretch, which is a certain lower bound and good for refusing."""
 
+USUAL_OUTPUT_TOKENS = 256.0
+"""Tokens of a reply where nobody set a limit, or set one that few replies reach."""
+
+CODE_CHARACTERS = 4_000
+"""Characters at the end of a message that are looked at for code. There the question is."""
+
+CODE_LINES = 3
+"""Lines that look like code, without which a text is no code: one or two are in many a letter."""
+
+_CODE_STARTS = (
+    *("def ", "class ", "func ", "fn ", "import ", "#include", "public ", "private ", "const ", "return "),
+    *("async ", "struct ", "impl ", "SELECT ", "INSERT INTO ", "CREATE TABLE "),
+)
+_CODE_ENDS = ("{", "}", "};", ");", "):", "=> {")
+_CODE_FENCE = "```"
+_CODE_MARKS = (
+    ("diff --git ", "it has a diff"),
+    ("Traceback (most recent call last)", "it has a stack trace"),
+    ("<|fim_prefix|>", "it asks for a gap in code to be filled"),
+)
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Traits:
@@ -35,7 +56,11 @@ class Traits:
     needs: frozenset[pb.Capability.ValueType]
     """Capabilities without which the request fails."""
     characters: int
-    """Characters of text in it."""
+    """Characters of text in it; of several texts to embed, those of the longest."""
+    extra_characters: int = 0
+    """Characters that some part of which is likely to be read too: tools, and the other texts to embed."""
+    output_tokens: float = 0.0
+    """Tokens that its reply is likely to have."""
 
     @property
     def least_tokens(self) -> int:
@@ -47,29 +72,44 @@ class Traits:
         """A guess at its tokens."""
         return self.characters / CHARACTERS_PER_TOKEN
 
+    @property
+    def due_tokens(self) -> float:
+        """A guess at all tokens that have to be read and written for it."""
+        return (self.characters + self.extra_characters) / CHARACTERS_PER_TOKEN + self.output_tokens
+
 
 def classify(request: Request) -> Traits:
     """Returns what kind of request it is, and why."""
     if isinstance(request, pb.EmbedRequest):
-        return Traits(
-            request_class="embedding",
-            reasons=("it asks for embeddings",),
-            needs=frozenset({pb.CAPABILITY_EMBED}),
-            characters=max((len(text) for text in request.texts), default=0),
-        )
+        return _classify_embed(request)
     if isinstance(request, pb.CountTokensRequest):
         return Traits(
             request_class="count_tokens",
             reasons=("it asks for a token count",),
             needs=frozenset({pb.CAPABILITY_COUNT_TOKENS}),
-            characters=_count_characters(request),
+            characters=_Content(request).characters,
         )
     return _classify_generate(request)
 
 
+def _classify_embed(request: pb.EmbedRequest) -> Traits:
+    reasons = ["it asks for embeddings"]
+    if request.routing.priority == pb.PRIORITY_BATCH:
+        reasons.append("its priority is batch")
+    lengths = [len(text) for text in request.texts]
+    longest = max(lengths, default=0)
+    return Traits(
+        request_class="embedding",
+        reasons=tuple(reasons),
+        needs=frozenset({pb.CAPABILITY_EMBED}),
+        characters=longest,
+        extra_characters=sum(lengths) - longest,
+    )
+
+
 def _classify_generate(request: pb.GenerateRequest) -> Traits:
     accepted = set(request.accepted_degradations)
-    characters = _count_characters(request)
+    content = _Content(request)
     matched: list[tuple[str, str]] = []
     needs = {pb.CAPABILITY_GENERATE}
 
@@ -78,11 +118,12 @@ def _classify_generate(request: pb.GenerateRequest) -> Traits:
         if unless is None or unless not in accepted:
             needs.add(capability)
 
-    if any(part.HasField("image") for message in request.messages for part in message.parts):
+    if content.has_image:
         matched.append(("vision", "it has an image"))
         need(pb.CAPABILITY_VISION, pb.DEGRADATION_KIND_IMAGE_DROPPED)
-    if request.tools:
-        matched.append(("tools", f"it offers {len(request.tools)} tool(s)"))
+    tools = () if request.tool_choice.mode == pb.ToolChoice.MODE_NONE else request.tools
+    if tools:
+        matched.append(("tools", f"it offers {len(tools)} tool(s)"))
         need(pb.CAPABILITY_TOOLS, pb.DEGRADATION_KIND_TOOLS_DROPPED)
     constraint = request.output_format.WhichOneof("constraint")
     if constraint is not None:
@@ -98,25 +139,61 @@ def _classify_generate(request: pb.GenerateRequest) -> Traits:
         need(pb.CAPABILITY_LOGPROBS, pb.DEGRADATION_KIND_OPTION_IGNORED)
     if request.include_token_ids:
         need(pb.CAPABILITY_TOKEN_IDS, pb.DEGRADATION_KIND_OPTION_IGNORED)
-    if characters >= LONG_PROMPT_CHARACTERS:
-        matched.append(("long_context", f"its text has {characters} characters"))
-    if any("```" in part.text for message in request.messages for part in message.parts):
-        matched.append(("code", "it has a fenced code block"))
+    if content.characters >= LONG_PROMPT_CHARACTERS:
+        matched.append(("long_context", f"its text has {content.characters} characters"))
+    if content.code:
+        matched.append(("code", content.code))
     if request.routing.priority == pb.PRIORITY_BATCH:
         matched.append(("batch", "its priority is batch"))
     if not matched:
         matched.append(("chat", "no other rule matched"))
+    limit = request.limits.max_output_token_count
     return Traits(
         request_class=matched[0][0],
         reasons=tuple(reason for _, reason in matched),
         needs=frozenset(needs),
-        characters=characters,
+        characters=content.characters,
+        extra_characters=sum(len(tool.description) + len(tool.parameters_json_schema) for tool in tools),
+        output_tokens=min(limit, USUAL_OUTPUT_TOKENS) if limit else USUAL_OUTPUT_TOKENS,
     )
 
 
-def _count_characters(request: pb.GenerateRequest | pb.CountTokensRequest) -> int:
-    count = 0
-    for message in request.messages:
-        for part in message.parts:
-            count += len(part.text) + len(part.tool_call.arguments_json) + len(part.tool_result.text)
-    return count
+class _Content:
+    """What the messages hold, looked through once."""
+
+    def __init__(self, request: pb.GenerateRequest | pb.CountTokensRequest) -> None:
+        self.characters = 0
+        self.has_image = False
+        self.code = ""
+        """Why it is taken for code. Empty if it is not."""
+        last = ""
+        for message in request.messages:
+            is_users = message.role == pb.ROLE_USER
+            for part in message.parts:
+                kind = part.WhichOneof("kind")
+                if kind == "text":
+                    text = part.text
+                    self.characters += len(text)
+                    if not self.code and _CODE_FENCE in text:
+                        self.code = "it has a fenced code block"
+                    last = text if is_users else last
+                elif kind == "tool_call":
+                    self.characters += len(part.tool_call.arguments_json)
+                elif kind == "tool_result":
+                    self.characters += len(part.tool_result.text)
+                elif kind == "image":
+                    self.has_image = True
+        self.code = self.code or _why_code(last[-CODE_CHARACTERS:])
+
+
+def _why_code(text: str) -> str:
+    for mark, why in _CODE_MARKS:
+        if mark in text:
+            return why
+    lines = sum(map(_is_code, text.splitlines()))
+    return f"{lines} lines of the last message look like code" if lines >= CODE_LINES else ""
+
+
+def _is_code(line: str) -> bool:
+    bare = line.strip()
+    return bare.startswith(_CODE_STARTS) or bare.endswith(_CODE_ENDS)

@@ -6,13 +6,14 @@ business, and what is unknown is tried.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import TypeAlias
 
 from forebay.inference.v1 import inference_pb2 as pb
 from forebay.kit.pipeline import Resumption
 from forebay.orchestrator.routing.classify import Traits
+from forebay.orchestrator.routing.matching import Match
 from forebay.orchestrator.routing.view import EndpointView
 
 
@@ -32,6 +33,12 @@ class Question:
     """The backend."""
     found: pb.Model | None
     """What the backend calls that model; None if it has no such model."""
+    match: Match | None = None
+    """How the name and that model belong together. None if it has no such model."""
+    match_detail: str = ""
+    """Why, for people; of a model that is merely like it and may not answer, what keeps it out."""
+    held: Mapping[str, float] = field(default_factory=dict)
+    """By backend, the part of the prompt that it holds evaluated, as far as known. Filled in for scorers."""
     resumption: Resumption | None = None
     """Set if the reply was begun elsewhere."""
 
@@ -76,7 +83,10 @@ def drained(question: Question) -> str | None:
 def model(question: Question) -> str | None:
     """Refuses backends that do not have the model."""
     if question.endpoint.are_models_known:
-        return f"it has no model {question.model}" if question.found is None else None
+        if question.found is not None:
+            return None
+        near = f", only {question.match_detail}" if question.match_detail else ""
+        return f"it has no model {question.model}{near}"
     # Of one that was never reached, why it cannot be reached says more; that is for the filters below.
     is_up = question.endpoint.is_reachable and question.endpoint.is_serving
     return "its models are not known yet" if is_up else None

@@ -39,6 +39,11 @@ def find_model(name: str, models: Iterable[pb.Model]) -> pb.Model | None:
     return None
 
 
+def is_called(model: pb.Model, name: str) -> bool:
+    """Returns whether a name is the model's own, and not another name of it."""
+    return _bare(model.id) == _bare(name)
+
+
 def is_same(asked: str, answered: str, models: Iterable[pb.Model]) -> bool:
     """Returns whether two names mean one model of a backend.
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from typing import TypeAlias
 
@@ -26,12 +26,14 @@ from forebay.kit.failure import (
 )
 from forebay.kit.pipeline import Request, Resumption
 from forebay.orchestrator.config import ScorerWeights
+from forebay.orchestrator.routing import affinity as prefixes
+from forebay.orchestrator.routing.affinity import Affinity
 from forebay.orchestrator.routing.classify import Traits, classify
 from forebay.orchestrator.routing.filters import FILTERS, Question
-from forebay.orchestrator.routing.names import find_model
+from forebay.orchestrator.routing.matching import Found, Match, Matcher
 from forebay.orchestrator.routing.pickers import PICKERS
 from forebay.orchestrator.routing.scorers import SCORERS
-from forebay.orchestrator.routing.view import EndpointView
+from forebay.orchestrator.routing.view import EndpointView, Figures
 
 Snapshot: TypeAlias = Sequence[EndpointView]
 """Every backend at one moment, in the order of the configuration."""
@@ -56,6 +58,10 @@ class Candidate:
     """Scores by scorer. Empty if it was refused."""
     total: float = 0.0
     """Weighted mean of the scores."""
+    match: Match | None = None
+    """How the name that was asked for and that model belong together. None if it has no such model."""
+    match_detail: str = ""
+    """Why, in one sentence for people. Empty if there is nothing to say."""
 
     @property
     def name(self) -> str:
@@ -75,6 +81,8 @@ class Candidate:
             refusal_detail=self.detail,
             scores=self.scores,
             total_score=self.total,
+            match=self.match.value if self.match is not None else "",
+            match_detail=self.match_detail,
             model=self.spelling,
         )
 
@@ -93,6 +101,8 @@ class Decision:
     """The one it goes to. None if there is none."""
     is_last_resort: bool = False
     """Whether it goes to a backend that rests, because there is no other."""
+    chain: Sequence[int] = ()
+    """What stands for the conversation in `Affinity`. Empty if it is not remembered."""
 
     def failure(self) -> Failure:
         """Returns what to tell the caller if there is none to choose."""
@@ -142,18 +152,30 @@ _NOT_CONCERNED = frozenset({"allowed", "tried", "model"})
 
 
 class Router:
-    """Decides over a picture of the fleet. It keeps no state of its own.
+    """Decides over a picture of the fleet. What it remembers makes no decision wrong, only quick or apt.
 
     Args:
         weights: how much each score counts.
         picker: name of the picker.
         source: where randomness comes from.
+        matcher: finds models by name. None is one with the default settings.
+        affinity: remembers who has read which conversation. None goes by what backends list alone.
     """
 
-    def __init__(self, *, weights: ScorerWeights, picker: str, source: random.Random) -> None:
+    def __init__(
+        self,
+        *,
+        weights: ScorerWeights,
+        picker: str,
+        source: random.Random,
+        matcher: Matcher | None = None,
+        affinity: Affinity | None = None,
+    ) -> None:
         self._weights: dict[str, float] = {name: getattr(weights, name) for name in SCORERS}
         self._picker = PICKERS[picker]
         self._source = source
+        self._matcher = matcher or Matcher()
+        self._affinity = affinity
 
     def decide(
         self,
@@ -162,6 +184,7 @@ class Router:
         *,
         tried: frozenset[str] = frozenset(),
         resumption: Resumption | None = None,
+        caller: str = "",
     ) -> Decision:
         """Decides where a request goes.
 
@@ -170,6 +193,7 @@ class Router:
             snapshot: every backend.
             tried: backends that failed this call already.
             resumption: set if the reply was begun elsewhere.
+            caller: who asks. Only their own conversations are remembered for them.
 
         Raises:
             BackendNotFound: the request names a backend that does not exist.
@@ -177,6 +201,13 @@ class Router:
         permitted = tuple(request.routing.backends)
         _check_names(permitted, snapshot)
         traits = classify(request)
+        held: dict[str, float] = {}
+        may_be_like = self._may_be_like(request)
+        found = self._matcher.find(request.model, [endpoint.models for endpoint in snapshot])
+        meanings = [
+            _meaning(each, endpoint, resumption, may_be_like=may_be_like)
+            for each, endpoint in zip(found, snapshot, strict=True)
+        ]
         questions = [
             Question(
                 model=request.model,
@@ -184,83 +215,182 @@ class Router:
                 allowed=permitted,
                 tried=tried,
                 endpoint=endpoint,
-                found=_find(request.model, endpoint.models, resumption),
+                found=model,
+                match=match,
+                match_detail=detail,
+                held=held,
                 resumption=resumption,
             )
-            for endpoint in snapshot
+            for endpoint, (model, match, detail) in zip(snapshot, meanings, strict=True)
         ]
-        judged = [self._judge(question) for question in questions]
+        refusals = [_refusal(question) for question in questions]
+        open_questions = [q for q, refusal in zip(questions, refusals, strict=True) if refusal is None]
+        chain = self._hold(request, questions, caller, held)
+        scorers = self._concerned(open_questions or questions)
+        judged = [
+            self._score(question, scorers) if refusal is None else _refused(question, *refusal)
+            for question, refusal in zip(questions, refusals, strict=True)
+        ]
+        judged = _without_likes(judged)
         open_ones = [candidate for candidate in judged if not candidate.refused_by]
         chosen, is_last_resort = self._choose(open_ones, has_order=bool(permitted)), False
         if chosen is None:
-            chosen = self._last_resort(questions)
+            chosen = self._last_resort(questions, scorers)
             is_last_resort = chosen is not None
-        # Best first; what was refused stays in the order of the configuration.
-        ranked = sorted(judged, key=lambda candidate: (bool(candidate.refused_by), -candidate.total))
+        # Who is chosen, then best first; what was refused stays in the order of the configuration.
+        ranked = sorted(
+            judged,
+            key=lambda candidate: (bool(candidate.refused_by), candidate is not chosen, -candidate.total),
+        )
         return Decision(
             model=request.model,
             traits=traits,
             candidates=tuple(ranked),
             chosen=chosen,
             is_last_resort=is_last_resort,
+            chain=chain,
         )
 
-    def _judge(self, question: Question) -> Candidate:
-        for name, refuses in FILTERS:
-            detail = refuses(question)
-            if detail is not None:
-                return Candidate(
-                    endpoint=question.endpoint,
-                    model=question.found,
-                    refused_by=name,
-                    detail=detail,
-                    scores={},
-                )
-        return self._score(question)
+    def _may_be_like(self, request: Request) -> bool:
+        """Whether the same model in another quantisation may answer: the operator and the caller say so."""
+        return (
+            self._matcher.settings.like
+            and isinstance(request, pb.GenerateRequest)
+            and pb.DEGRADATION_KIND_MODEL_SUBSTITUTED in request.accepted_degradations
+        )
 
-    def _score(self, question: Question) -> Candidate:
-        scores = {name: scorer(question) for name, scorer in SCORERS.items() if self._has_say(name, question)}
+    def _hold(
+        self, request: Request, questions: Sequence[Question], caller: str, held: dict[str, float]
+    ) -> Sequence[int]:
+        """Finds who holds how much of the conversation, and returns what stands for it."""
+        models = {question.endpoint.name: question.found for question in questions if question.found}
+        if len(models) < 2 or not isinstance(request, pb.GenerateRequest) or not self._weights["affinity"]:
+            return ()
+        counts = prefixes.listed(request, models)
+        chain: Sequence[int] = ()
+        if self._affinity is not None:
+            chain = self._affinity.chain(request)
+            for name, count in self._affinity.matches(caller, chain, models).items():
+                # Of what a backend lists, its list is the truth. What it does not list of a conversation it
+                # may hold all the same, kept apart for a caller under a name that is not known here.
+                counts.setdefault(name, count)
+        if counts:
+            held.update(prefixes.shares(request, counts))
+        return chain
+
+    def _concerned(self, questions: Sequence[Question]) -> list[str]:
+        """Returns the scorers that can tell backends apart.
+
+        One that gives the same to all would squeeze the rest into a corner.
+        """
+        silent: set[str] = set()
+        if not any(question.allowed for question in questions):
+            silent.add("preference")
+        if all(question.traits.needs <= _PLAIN for question in questions):
+            silent.add("proven")
+        if not any(question.held for question in questions):
+            silent.add("affinity")
+        if not any(figures.decode_rate for q in questions for figures in _figures(q)):
+            silent.add("speed")
+        if not any(question.endpoint.outstanding_tokens for question in questions):
+            silent.add("tokens")
+        if not any(question.endpoint.memory is not None for question in questions):
+            silent.add("memory")
+        return [name for name in SCORERS if name not in silent]
+
+    def _score(self, question: Question, scorers: Sequence[str]) -> Candidate:
+        scores = {name: SCORERS[name](question) for name in scorers}
         weight = sum(self._weights[name] for name in scores)
         total = sum(self._weights[name] * score for name, score in scores.items()) / weight if weight else 0.0
-        return Candidate(endpoint=question.endpoint, model=question.found, scores=scores, total=total)
-
-    def _has_say(self, scorer: str, question: Question) -> bool:
-        """Whether a score can differ. One that is the same for all squeezes the rest into a corner."""
-        if scorer == "preference":
-            return bool(question.allowed)
-        if scorer == "proven":
-            return not question.traits.needs <= _PLAIN
-        return True
+        return Candidate(
+            endpoint=question.endpoint,
+            model=question.found,
+            scores=scores,
+            total=total,
+            match=question.match,
+            match_detail=question.match_detail,
+        )
 
     def _choose(self, candidates: Sequence[Candidate], *, has_order: bool) -> Candidate | None:
         if not candidates:
             return None
-        # A backend on probation gets the next call that may go anywhere. Left to its scores it might never
-        # be tried, and stay ejected long after it recovered. If it fails, the call moves on. Where the
-        # caller gave an order, the order holds.
-        probation = [candidate for candidate in candidates if candidate.endpoint.is_ejected]
-        if probation and len(candidates) > 1 and not has_order:
-            return probation[0]
+        if not has_order:  # where the caller gave an order, the order holds
+            # A backend on probation gets the next call that may go anywhere. Left to its scores it might
+            # never be tried, and stay ejected long after it recovered. If it fails, the call moves on.
+            probation = [candidate for candidate in candidates if candidate.endpoint.is_ejected]
+            if probation and len(candidates) > 1:
+                return probation[0]
+            # One that has just come back sits out as many turns as its share leaves out.
+            candidates = [each for each in candidates if self._takes_turn(each)] or candidates
         return candidates[self._picker([candidate.total for candidate in candidates], self._source)]
 
-    def _last_resort(self, questions: Sequence[Question]) -> Candidate | None:
+    def _takes_turn(self, candidate: Candidate) -> bool:
+        share = candidate.endpoint.share
+        return share >= 1.0 or self._source.random() < share
+
+    def _last_resort(self, questions: Sequence[Question], scorers: Sequence[str]) -> Candidate | None:
         # The breakers must not shut the last path for good: if nothing but a breaker stands in the way, one
         # call at a time goes through all the same.
         resting: list[Candidate] = []
         for question in questions:
             refusals = [name for name, refuses in FILTERS if refuses(question) is not None]
             if refusals == ["breaker"] and not question.endpoint.is_probing:
-                resting.append(self._score(question))
+                resting.append(self._score(question, scorers))
         return max(resting, key=lambda candidate: candidate.total, default=None)
 
 
-def _find(model: str, listed: Sequence[pb.Model], resumption: Resumption | None) -> pb.Model | None:
-    """Returns the backend's model of that name, or the one with the very weights that a reply needs."""
-    found = find_model(model, listed)
-    if resumption is None or not resumption.needs_same_weights:
-        return found
-    same = [each for each in listed if each.weights.digest == resumption.weights]
-    return found if found in same or not same else same[0]
+def _refusal(question: Question) -> tuple[str, str] | None:
+    """Returns the first filter that refuses and why, or None."""
+    for name, refuses in FILTERS:
+        detail = refuses(question)
+        if detail is not None:
+            return name, detail
+    return None
+
+
+def _refused(question: Question, by: str, detail: str) -> Candidate:
+    return Candidate(
+        endpoint=question.endpoint,
+        model=question.found,
+        refused_by=by,
+        detail=detail,
+        scores={},
+        match=question.match,
+        match_detail=question.match_detail if question.found is not None else "",
+    )
+
+
+def _without_likes(judged: list[Candidate]) -> list[Candidate]:
+    """Refuses what is merely like the model, where somebody can serve the model itself."""
+    able = [each.name for each in judged if not each.refused_by and each.match is not Match.LIKE]
+    if not able:
+        return judged
+    return [
+        replace(each, refused_by="like", detail=f"{able[0]} can serve the model itself", scores={}, total=0.0)
+        if each.match is Match.LIKE and not each.refused_by
+        else each
+        for each in judged
+    ]
+
+
+def _meaning(
+    found: Found | None, endpoint: EndpointView, resumption: Resumption | None, *, may_be_like: bool
+) -> tuple[pb.Model | None, Match | None, str]:
+    """Returns the model that may answer, how it was found, and what is to be said of that."""
+    if resumption is not None and resumption.needs_same_weights:
+        same = [each for each in endpoint.models if each.weights.digest == resumption.weights]
+        if same and (found is None or found.model not in same):
+            return same[0], Match.WEIGHTS, "its weights are those that began the reply"
+    if found is None:
+        return None, None, ""
+    if found.match is not Match.LIKE or may_be_like:
+        return found.model, found.match, found.detail
+    return None, None, f"{found.model.id}, and {found.detail}"
+
+
+def _figures(question: Question) -> Sequence[Figures]:
+    figures = question.endpoint.figures.get(question.found.id) if question.found is not None else None
+    return () if figures is None else (figures,)
 
 
 def _check_names(names: Sequence[str], snapshot: Snapshot) -> None:

@@ -7,12 +7,37 @@ from typing import TypeAlias
 
 from forebay.inference.v1 import inference_pb2 as pb
 from forebay.orchestrator.routing.filters import Question
+from forebay.orchestrator.routing.view import Figures, bucket_of
 
 Scorer: TypeAlias = Callable[[Question], float]
 
 UNKNOWN_FIRST_DELTA = 0.5
 """Seconds assumed where nothing was measured: a little optimistic, so that a new backend gets calls by which
 it can be measured."""
+
+USUAL_CALL = 5.0
+"""Seconds that a call takes where nothing was measured."""
+
+UNKNOWN_LOAD = 10.0
+"""Seconds that a load takes where neither its last one nor the model's size is known."""
+
+LOAD_BYTES_PER_SECOND = 1e9
+"""Bytes that a load reads a second: less than a laptop's disk can, since they are also put in place."""
+
+READING_RATE = 20.0
+"""Tokens a second that count as half of all that can be wished for. A fast reader takes in ten."""
+
+UNKNOWN_SPEED = 0.5
+"""Score where no speed was measured, so that a new backend gets calls by which it can be."""
+
+UNKNOWN_ROOM = 0.5
+"""Score where it is not known whether a model fits."""
+
+HEALTHY = 0.9
+"""Share of calls that must succeed for a conversation to return to whoever holds it."""
+
+FEW_TOKENS = 2048.0
+"""Tokens due for each slot that halve the score: a long question and its answer."""
 
 FEW_CALLS = 4
 """Slots assumed where there is no limit. It only shapes how fast the score falls with calls in progress."""
@@ -36,7 +61,7 @@ def loaded(question: Question) -> float:
 def load(question: Question) -> float:
     """How few calls are in progress for its slots."""
     endpoint = question.endpoint
-    return 1.0 / (1.0 + endpoint.outstanding / (endpoint.slots or FEW_CALLS))
+    return 1.0 / (1.0 + endpoint.outstanding / (_slots(question) or FEW_CALLS))
 
 
 def proven(question: Question) -> float:
@@ -60,9 +85,105 @@ def context(question: Question) -> float:
 
 
 def latency(question: Question) -> float:
-    """How soon the first delta came lately. One second gives 0.5."""
+    """How soon the first delta is to be expected. One second gives 0.5."""
+    return 1.0 / (1.0 + expected_first_delta(question))
+
+
+def expected_first_delta(question: Question) -> float:
+    """Returns the seconds to the first delta that are to be expected: of queue, load and prompt."""
+    return _wait(question) + _load_time(question) + _prefill_time(question)
+
+
+def _wait(question: Question) -> float:
+    """Seconds until a slot is free, from how long calls take."""
+    endpoint, slots = question.endpoint, _slots(question)
+    if not slots or endpoint.outstanding < slots:
+        return 0.0
+    figures = _figures(question)
+    duration = figures.duration if figures is not None and figures.duration else USUAL_CALL
+    return duration * (endpoint.outstanding - slots + 1) / slots
+
+
+def _load_time(question: Question) -> float:
+    """Seconds until the model is in memory."""
+    found = question.found
+    if found is None or found.state in (pb.Model.STATE_ACTIVE, pb.Model.STATE_UNSPECIFIED):
+        return 0.0
+    told = found.load_duration.seconds + found.load_duration.nanos * 1e-9
+    size = found.memory_bytes or found.disk_bytes
+    seconds = told or (size / LOAD_BYTES_PER_SECOND if size else UNKNOWN_LOAD)
+    return seconds / 2.0 if found.state == pb.Model.STATE_LOADING else seconds
+
+
+def _prefill_time(question: Question) -> float:
+    """Seconds to read what is left of the prompt, as such prompts took, else at the measured rate."""
+    tokens = question.traits.likely_tokens * (1.0 - _held(question))
+    figures = _figures(question)
+    if figures is not None and question.traits.request_class == "embedding":
+        return UNKNOWN_FIRST_DELTA if figures.duration is None else figures.duration
+    if figures is not None:
+        measured = figures.first_deltas[bucket_of(tokens)]
+        if measured is not None:
+            return measured
+        if figures.prefill_rate:
+            return tokens / figures.prefill_rate
     seconds = question.endpoint.first_delta
-    return 1.0 / (1.0 + (UNKNOWN_FIRST_DELTA if seconds is None else seconds))
+    return UNKNOWN_FIRST_DELTA if seconds is None else seconds
+
+
+def speed(question: Question) -> float:
+    """How fast replies came lately. As fast as people read with ease gives 0.5."""
+    figures = _figures(question)
+    rate = figures.decode_rate if figures is not None else None
+    return UNKNOWN_SPEED if rate is None else rate / (rate + READING_RATE)
+
+
+def tokens(question: Question) -> float:
+    """How few tokens are due to calls in progress, for its slots."""
+    endpoint = question.endpoint
+    slots = _slots(question) or FEW_CALLS
+    return 1.0 / (1.0 + max(0.0, endpoint.outstanding_tokens) / (slots * FEW_TOKENS))
+
+
+def affinity(question: Question) -> float:
+    """How much of the prompt it holds evaluated.
+
+    Fades with the calls that wait for its slots, and is nothing where calls fail: health goes first.
+    """
+    endpoint = question.endpoint
+    slots = _slots(question) or FEW_CALLS
+    waiting = max(0, endpoint.outstanding + 1 - slots)
+    return _held(question) / (1.0 + waiting)
+
+
+def memory(question: Question) -> float:
+    """Whether there is room for the model: 0.0 if it does not fit, 1.0 if it fits twice, or is loaded."""
+    found, shared = question.found, question.endpoint.memory
+    if found is None or shared is None or found.state == pb.Model.STATE_ACTIVE:
+        return 1.0
+    need = found.memory_bytes or found.disk_bytes
+    rooms = []
+    if shared.available_bytes:
+        rooms.append(shared.available_bytes - shared.reserved_bytes)
+    if shared.limit_bytes:
+        rooms.append(shared.limit_bytes - shared.used_bytes - shared.reserved_bytes)
+    if not need or not rooms:
+        return UNKNOWN_ROOM
+    return min(1.0, max(0.0, min(rooms) / need - 1.0))
+
+
+def _held(question: Question) -> float:
+    endpoint = question.endpoint
+    return question.held.get(endpoint.name, 0.0) if endpoint.success_rate >= HEALTHY else 0.0
+
+
+def _slots(question: Question) -> int:
+    """Calls that it can serve at once, as configured or else as it says. 0 is not known."""
+    return question.endpoint.slots or (question.found.slot_count if question.found is not None else 0)
+
+
+def _figures(question: Question) -> Figures | None:
+    return question.endpoint.figures.get(question.found.id) if question.found is not None else None
 
 
 def health(question: Question) -> float:
@@ -82,6 +203,10 @@ SCORERS: Mapping[str, Scorer] = {
     "proven": proven,
     "context": context,
     "latency": latency,
+    "speed": speed,
+    "tokens": tokens,
+    "affinity": affinity,
+    "memory": memory,
     "health": health,
     "weight": weight,
 }

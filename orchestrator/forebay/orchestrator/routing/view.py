@@ -2,9 +2,37 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from bisect import bisect_left
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 from forebay.inference.v1 import inference_pb2 as pb
+
+BUCKETS = (256, 1024, 4096, 16384, 0)
+"""Longest prompts, in tokens, whose times to the first delta are counted together. The last has no bound."""
+
+
+def bucket_of(tokens: float) -> int:
+    """Returns the position in `BUCKETS` of a prompt's length."""
+    return bisect_left(BUCKETS, tokens, hi=len(BUCKETS) - 1)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Figures:
+    """What was measured of one model on one backend lately. None is not known."""
+
+    call_count: int
+    """Calls that ended."""
+    error_ratio: float
+    """Part of them that failed through the backend's fault."""
+    duration: float | None
+    """Seconds that a call takes."""
+    prefill_rate: float | None
+    """Prompt tokens evaluated a second."""
+    decode_rate: float | None
+    """Tokens a second of one reply."""
+    first_deltas: tuple[float | None, ...]
+    """Seconds to the first delta without those of a load, for each of `BUCKETS`."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -49,5 +77,13 @@ class EndpointView:
     """Recent seconds to the first delta. None is not known."""
     success_rate: float = 1.0
     """Recent share of calls that it did not fail."""
+    outstanding_tokens: float = 0.0
+    """Tokens to read and to write that those calls may still need, roughly."""
+    figures: Mapping[str, Figures] = field(default_factory=dict)
+    """What was measured lately, by model. Never changed in place."""
+    memory: pb.Memory | None = None
+    """Memory that its models share. None is not known."""
+    share: float = 1.0
+    """Part of its full share of calls that it should get now, in (0.0, 1.0]."""
     weight: float = 1.0
     """How much it is preferred when all else is equal."""

@@ -251,6 +251,8 @@ class Candidate(google.protobuf.message.Message):
     MODEL_FIELD_NUMBER: builtins.int
     TOTAL_SCORE_FIELD_NUMBER: builtins.int
     REFUSAL_DETAIL_FIELD_NUMBER: builtins.int
+    MATCH_FIELD_NUMBER: builtins.int
+    MATCH_DETAIL_FIELD_NUMBER: builtins.int
     backend: builtins.str
     """The backend's name."""
     refused_by: builtins.str
@@ -261,6 +263,13 @@ class Candidate(google.protobuf.message.Message):
     """Weighted mean of the scores, in [0.0, 1.0]."""
     refusal_detail: builtins.str
     """Why it was refused, in one sentence for people."""
+    match: builtins.str
+    """How `model` was found by the name asked for: `exact`, `alias`, `weights` for
+    equal weights, `name` for a name that says the same, or `like` for another
+    quantisation. Empty if it has no such model.
+    """
+    match_detail: builtins.str
+    """Why, in one sentence for people. Empty if it is the model's name."""
     @property
     def scores(self) -> google.protobuf.internal.containers.ScalarMap[builtins.str, builtins.float]:
         """Score in [0.0, 1.0] by scorer."""
@@ -274,8 +283,10 @@ class Candidate(google.protobuf.message.Message):
         model: builtins.str = ...,
         total_score: builtins.float = ...,
         refusal_detail: builtins.str = ...,
+        match: builtins.str = ...,
+        match_detail: builtins.str = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["backend", b"backend", "model", b"model", "refusal_detail", b"refusal_detail", "refused_by", b"refused_by", "scores", b"scores", "total_score", b"total_score"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["backend", b"backend", "match", b"match", "match_detail", b"match_detail", "model", b"model", "refusal_detail", b"refusal_detail", "refused_by", b"refused_by", "scores", b"scores", "total_score", b"total_score"]) -> None: ...
 
 Global___Candidate: typing_extensions.TypeAlias = Candidate
 

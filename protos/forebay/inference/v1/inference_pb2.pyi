@@ -1524,6 +1524,9 @@ class Embedding(google.protobuf.message.Message):
     DESCRIPTOR: google.protobuf.descriptor.Descriptor
 
     VALUES_FIELD_NUMBER: builtins.int
+    TOKEN_COUNT_FIELD_NUMBER: builtins.int
+    token_count: builtins.int
+    """Tokens of the text. 0 is not known."""
     @property
     def values(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.float]:
         """Components."""
@@ -1532,8 +1535,9 @@ class Embedding(google.protobuf.message.Message):
         self,
         *,
         values: collections.abc.Iterable[builtins.float] | None = ...,
+        token_count: builtins.int = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["values", b"values"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["token_count", b"token_count", "values", b"values"]) -> None: ...
 
 Global___Embedding: typing_extensions.TypeAlias = Embedding
 

@@ -7,6 +7,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from enum import Enum
 
+from google.protobuf.duration_pb2 import Duration
+
 from forebay.inference.v1 import inference_pb2 as pb
 from forebay.kit.failure import Failure
 from forebay.kit.pipeline import Call, Event, Request, Send, Service
@@ -44,6 +46,16 @@ class Outcome:
     """Tokens generated, as told by `finished` and else by the deltas."""
     first_token_count: int
     """Tokens in the first delta."""
+    prompt_token_count: int = 0
+    """Tokens in the prompt, as told at the end. 0 is not known."""
+    cached_token_count: int = 0
+    """Tokens of the prompt that were found in a cache, as told at the end."""
+    queue_duration: float = 0.0
+    """Waiting for a slot of the backend's own, as told at the end."""
+    load_duration: float = 0.0
+    """Loading the model, as told at the end."""
+    prefill_duration: float = 0.0
+    """Reading the prompt, as told at the end. 0 is not known."""
 
     @property
     def tokens_per_second(self) -> float | None:
@@ -99,6 +111,11 @@ class Measure:
                     generating=meter.last_delta - (meter.first_delta or 0.0),
                     token_count=meter.token_count,
                     first_token_count=meter.first_token_count,
+                    prompt_token_count=meter.finished.usage.prompt_token_count,
+                    cached_token_count=meter.finished.usage.cached_token_count,
+                    queue_duration=_seconds(meter.finished.timings.queue_duration),
+                    load_duration=_seconds(meter.finished.timings.load_duration),
+                    prefill_duration=_seconds(meter.finished.timings.prefill_duration),
                 )
             )
 
@@ -114,6 +131,7 @@ class _Meter:
         self.last_delta = 0.0
         self.first_token_count = 0
         self.token_count = 0
+        self.finished = pb.Finished()
         self.unsent = False
 
     def elapsed(self) -> float:
@@ -140,4 +158,9 @@ class _Meter:
                 self.first_delta = self.last_delta
                 self.first_token_count = event.delta.token_count
         elif kind == "finished":
+            self.finished = event.finished
             self.token_count = event.finished.usage.output_token_count or self.token_count
+
+
+def _seconds(duration: Duration) -> float:
+    return max(0.0, duration.seconds + duration.nanos * 1e-9)

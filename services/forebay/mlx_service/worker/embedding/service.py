@@ -293,7 +293,7 @@ class EmbeddingService:
             failure = work.failures.get(index)
             if failure is None:
                 used += _count(tokens)
-                response.embeddings.add(values=vectors[tokens])
+                response.embeddings.add(values=vectors[tokens], token_count=_count(tokens))
             else:
                 response.embeddings.add()
                 response.failures.add(index=index, reason=failure.reason, message=failure.message)
