@@ -103,14 +103,16 @@ class Steward:
         """
         *wishes, least = self._estimates(folder)
         async with self._turn:
-            self.ledger.ceiling = self._ceiling()
             account = self.ledger.open(residence.id, least)
-            for wish in wishes:
-                account.weights = wish
-                if self.ledger.free >= 0:
-                    break
-                account.weights = least
             try:
+                await self._ask()
+                for wish in wishes:
+                    account.weights = wish
+                    self.ledger.ceiling = self._ceiling()
+                    if self.ledger.free >= 0:
+                        with contextlib.suppress(MemoryExhausted):
+                            return await self._fit(residence, account)
+                account.weights = least
                 await self._fit(residence, account)
             except BaseException:
                 self.ledger.close(residence.id)
