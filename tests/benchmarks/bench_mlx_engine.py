@@ -26,6 +26,7 @@ import tiny_models
 from forebay.inference.v1 import inference_pb2 as pb
 from forebay.inference.v1 import inference_pb2_grpc
 from forebay.kit.channel import connect
+from forebay.mlx_service import blas
 from forebay.testing.processes import ServiceProcess
 from llama import free_port, running
 
@@ -171,6 +172,8 @@ async def sides(model: Path, home: Path) -> AsyncIterator[tuple[Side, Side]]:
     command = [sys.executable, "-m", "mlx_lm", "server", "--model", str(model), "--port", str(port)]
     command += ["--host", "127.0.0.1"]
     env = {"PATH": os.environ.get("PATH", ""), "HOME": str(home), "HF_HUB_OFFLINE": "1"}
+    if found := blas.load(is_global=False):  # both multiply with the same library
+        env |= {"LD_PRELOAD": found.path, "OPENBLAS_NUM_THREADS": str(found.threads)}
     arguments = ["--model", str(model), "--model-id", "m", "--address", "127.0.0.1:0"]
     arguments += ["--max-rows", "16", "--prefix-cache", str(256 << 20)]
     with running(command, port=port, log=home / "mlx.log", env=env) as up:

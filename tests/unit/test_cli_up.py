@@ -74,6 +74,15 @@ def test_the_orchestrator_is_told_where_the_started_backends_listen(monkeypatch:
     assert section.default_model == DEFAULT_MODEL.id
 
 
+def test_what_was_measured_is_kept_over_a_restart_where_the_configuration_says_and_else_in_the_cache(
+    empty_home: Path,
+) -> None:
+    key = "FOREBAY_ORCHESTRATOR__PERFORMANCE__STATE_DIR"
+    assert up.plan(write(FREE)).programs[-1].env[key] == str(empty_home / "cache" / "state")
+    configured = FREE + '[orchestrator.performance]\nstate_dir = "elsewhere"\n'
+    assert key not in up.plan(write(configured)).programs[-1].env
+
+
 def test_backends_and_default_model_that_are_configured_stay() -> None:
     made = up.plan(
         write(
@@ -82,7 +91,7 @@ def test_backends_and_default_model_that_are_configured_stay() -> None:
         ),
         ["mlx", "orchestrator"],
     )
-    assert made.programs[-1].env == {}
+    assert set(made.programs[-1].env) == {"FOREBAY_ORCHESTRATOR__PERFORMANCE__STATE_DIR"}
 
 
 def test_without_an_orchestrator_nobody_is_told_anything() -> None:

@@ -116,6 +116,35 @@ def test_a_library_that_mlx_cannot_use_is_refused(monkeypatch: pytest.MonkeyPatc
         blas._load("libopenblas64.so.0", 1, is_global=False)
 
 
+@pytest.mark.mlx
+def test_factorisations_are_right_too():
+    """The library brings its own LAPACK, which mlx then takes as well."""
+    from forebay.mlx_service.worker.runtime import mx
+
+    matrix = np.random.default_rng(2).normal(size=(40, 40)).astype(np.float32)
+    square = matrix @ matrix.T + 40 * np.eye(40, dtype=np.float32)
+    with mx.stream(mx.cpu):
+        lower = np.array(mx.linalg.cholesky(mx.array(square)))
+        values = np.array(mx.linalg.eigvalsh(mx.array(square)))
+        inverse = np.array(mx.linalg.inv(mx.array(square)))
+    assert np.allclose(lower @ lower.T, square, rtol=1e-4, atol=1e-3)
+    assert np.allclose(values, np.linalg.eigvalsh(square), rtol=1e-4)
+    assert np.allclose(inverse @ square, np.eye(40), atol=1e-3)
+
+
+@needs_library
+def test_threads_of_ours_compute_side_by_side_when_told_so():
+    program = """
+import ctypes
+from forebay.mlx_service import blas
+found = blas.load()
+assert found.threads == 2
+found.compute_on_callers()
+assert ctypes.CDLL(found.path).openblas_get_num_threads() == 1
+"""
+    run(program, FOREBAY_MLX__CPU_THREADS="2")
+
+
 @needs_library
 def test_what_is_loaded_says_what_it_is_and_leaves_no_variable_behind():
     program = """

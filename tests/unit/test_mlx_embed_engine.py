@@ -314,3 +314,45 @@ async def test_a_loop_that_is_gone_ends_the_engine():
     engine._commands.put(lambda: engine._post(print))
     await asyncio.to_thread(engine._thread.join, 20)
     assert not engine._thread.is_alive()
+
+
+async def test_who_was_answered_together_is_awaited_a_moment_and_goes_together_again(monkeypatch):
+    monkeypatch.setattr(module, "GATHER_SHARE", 1e9)
+    monkeypatch.setattr(module, "GATHER_SECONDS", 20.0)
+    async with running() as (engine, model):
+        async with held(engine, model):
+            tasks = [asyncio.ensure_future(embed(engine, [i, 2])) for i in range(20, 23)]
+            await settled()
+        await asyncio.gather(*tasks)
+        model.batches.clear()
+        again = []
+        for i in range(30, 33):  # they come back one after the other
+            again.append(asyncio.ensure_future(embed(engine, [i, 2])))
+            await asyncio.sleep(0.01)
+        assert [await task for task in again] == [[[i + 2, 2]] for i in range(30, 33)]
+        assert [len(batch) for batch in model.batches] == [3]
+
+
+async def test_nobody_waits_long_for_callers_who_have_gone():
+    async with running() as (engine, model):
+        async with held(engine, model):
+            tasks = [asyncio.ensure_future(embed(engine, [i, 2])) for i in range(20, 23)]
+            await settled()
+        await asyncio.gather(*tasks)
+        async with asyncio.timeout(10):
+            assert await embed(engine, [5, 6]) == [[11, 2]]
+
+
+async def test_an_engine_that_stops_waits_for_nobody(monkeypatch):
+    monkeypatch.setattr(module, "GATHER_SHARE", 1e9)
+    monkeypatch.setattr(module, "GATHER_SECONDS", 60.0)
+    async with running() as (engine, model):
+        async with held(engine, model):
+            tasks = [asyncio.ensure_future(embed(engine, [i, 2])) for i in range(20, 23)]
+            await settled()
+        await asyncio.gather(*tasks)
+        left = asyncio.ensure_future(embed(engine, [7]))
+        await settled()
+        await engine.stop(timeout=20)
+        with pytest.raises(Draining):
+            await left

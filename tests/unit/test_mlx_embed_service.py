@@ -291,3 +291,12 @@ def test_a_model_that_does_not_say_how_long_a_text_may_be_has_a_limit_still(tmp_
     service, _, texts = assemble(path, describe(path), model_id=MODEL, backend="mlx", token_count=None)
     texts.close()
     assert service._served.token_count == DEFAULT_TOKEN_COUNT
+
+
+async def test_many_and_long_texts_in_one_call_are_answered_as_they_are_alone(tmp_path):
+    texts = [f"the old river {chr(97 + i % 26)} {chr(97 + i // 26)}" for i in range(340)]
+    async with rig(build(tmp_path)) as running:
+        together = await running.vectors(*texts)
+        for index in (0, 170, 339):
+            (alone,) = await running.vectors(texts[index])
+            assert together[index] == pytest.approx(alone, abs=1e-5)

@@ -182,6 +182,9 @@ def _mesh(sections: Mapping[str, Settings], addresses: Mapping[str, str]) -> dic
     default_model = getattr(sections.get("mlx"), "default_model", "")
     if "mlx" in addresses and default_model and not getattr(section, "default_model", ""):
         env["FOREBAY_ORCHESTRATOR__DEFAULT_MODEL"] = default_model
+    if getattr(getattr(section, "performance", None), "state_dir", None) is None:
+        # What was measured of the backends is worth as much after a restart.
+        env["FOREBAY_ORCHESTRATOR__PERFORMANCE__STATE_DIR"] = str(default_cache_dir() / "state")
     return env
 
 

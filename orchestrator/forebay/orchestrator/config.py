@@ -329,8 +329,8 @@ class PerformanceSettings(Settings):
     )
     state_dir: Path | None = Field(
         default=None,
-        description="Folder in which they are kept over a restart. Unset forgets them. Figures only: no "
-        "text, and nothing of callers.",
+        description="Folder in which they are kept over a restart. Unset forgets them, except under `forebay "
+        "up`, which keeps them in the cache folder. Figures only: no text, and nothing of callers.",
     )
 
     @model_validator(mode="after")

@@ -11,7 +11,6 @@ from collections.abc import Callable
 from datetime import timedelta
 
 from forebay.kit import metrics
-from forebay.kit.failure import Failure
 from forebay.kit.layers.limit import Limit
 from forebay.kit.layers.measure import Measure
 from forebay.kit.layers.watchdog import Watchdog
@@ -32,13 +31,14 @@ from forebay.orchestrator.layers.fallback import Fallback
 from forebay.orchestrator.layers.gather import Gather
 from forebay.orchestrator.layers.guard import Guard
 from forebay.orchestrator.layers.hedge import FirstDeltas, Hedge
-from forebay.orchestrator.layers.remember import Lookup, Remember
+from forebay.orchestrator.layers.remember import Remember
 from forebay.orchestrator.layers.route import Fleet, Route
 from forebay.orchestrator.layers.span import Span
 from forebay.orchestrator.layers.verify import Verify
 from forebay.orchestrator.replies import Store
 from forebay.orchestrator.routing.affinity import Affinity
-from forebay.orchestrator.routing.router import Decision, Router
+from forebay.orchestrator.routing.router import Router
+from forebay.orchestrator.tally import Tally
 
 
 def request_stack(
@@ -76,31 +76,19 @@ def request_stack(
     """
     watched_by = telemetry or off()
     record = activity or Activity(admission)
+    tally = Tally(watched_by.metrics, record)
     frameworks = {backend.name: backend.framework or backend.name for backend in settings.backends}
-
-    def on_retry(failure: Failure) -> None:
-        labels = {"forebay.backend": failure.metadata.get("backend", ""), "error.type": failure.reason}
-        watched_by.metrics.add(metrics.RETRIES, labels)
-        record.retried()
-
-    def on_decision(decision: Decision) -> None:
-        chosen = decision.chosen.name if decision.chosen else ""
-        labels = {"forebay.backend": chosen, "forebay.route.class": decision.traits.request_class}
-        watched_by.metrics.add(metrics.DECISIONS, labels)
-        record.decided(decision)
-
-    def on_lookup(lookup: Lookup) -> None:
-        for result, count in (("hit", lookup.hits), ("miss", lookup.misses)):
-            labels = {"forebay.cache": "replies", "forebay.cache.result": result}
-            watched_by.metrics.add(metrics.CACHE, labels, count)
-        record.looked_up(lookup)
 
     caching: list[Layer] = []
     if store is not None:
         # Above Coalesce and Admit: an answer that is known takes neither a flight nor a permit.
         caching.append(
             lambda inner: Remember(
-                inner, store=store, weights=weights, is_shared=settings.cache.shared, on_lookup=on_lookup
+                inner,
+                store=store,
+                weights=weights,
+                is_shared=settings.cache.shared,
+                on_lookup=tally.looked_up,
             )
         )
     if spawn is not None and settings.coalesce != "never":
@@ -113,7 +101,7 @@ def request_stack(
                 longest=settings.max_deadline,
                 weights=weights,
                 is_shared=settings.cache.shared,
-                on_join=record.joined,
+                on_join=tally.joined,
             )
         )
     if spawn is not None and settings.gather.window:
@@ -124,7 +112,7 @@ def request_stack(
                 spawn=spawn,
                 window=settings.gather.window,
                 max_texts=settings.gather.max_texts,
-                on_gathered=lambda count: watched_by.metrics.record(metrics.GATHERED, count, {}),
+                on_gathered=tally.gathered,
             )
         )
     return stack(
@@ -144,19 +132,19 @@ def request_stack(
         ),
         *caching,
         # Above Fallback, so that a call keeps its place over its attempts.
-        lambda inner: Admit(inner, admission=admission, on_admitted=record.admitted),
+        lambda inner: Admit(inner, admission=admission, on_admitted=tally.admitted),
         # Above Continue, so that it sees the reply as the caller does, spliced or not.
         Verify,
         # Above Fallback, so that whoever goes on with a broken reply is found as anyone is, with attempts and
         # a commit gate of its own: until the next part's first delta nothing tells the caller that there is
         # one. Below whatever holds a place for the call, which keeps it over the splice.
         lambda inner: Continue(
-            inner, settings=settings.retry, budget=budget, source=source, on_splice=record.spliced
+            inner, settings=settings.retry, budget=budget, source=source, on_splice=tally.spliced
         ),
         # Above Route, so that each attempt is decided anew over the fleet as it then is. It holds the commit
         # gate, so nothing between it and the backend may keep a delta back.
         lambda inner: Fallback(
-            inner, settings=settings.retry, budget=budget, source=source, on_retry=on_retry
+            inner, settings=settings.retry, budget=budget, source=source, on_retry=tally.retried
         ),
         # Below Fallback, for two racers are one attempt: whichever answers first is the attempt's answer.
         # Above Route, so that each racer is routed by itself.
@@ -165,10 +153,10 @@ def request_stack(
             settings=settings.hedge,
             budget=budget,
             times=times or FirstDeltas(),
-            on_race=record.raced,
+            on_race=tally.raced,
         ),
         # At the bottom: what is below belongs to one backend.
-        around=Route(fleet=fleet, router=router, on_decision=on_decision, affinity=affinity),
+        around=Route(fleet=fleet, router=router, on_decision=tally.decided, affinity=affinity),
     )
 
 

@@ -171,6 +171,31 @@ RETRIES = Metric(
     name="forebay.retries", kind="counter", unit="1", labels=(_BACKEND, _ERROR),
     meaning="Further attempts, by the backend that failed before and why.",
 )  # fmt: skip
+CONTINUATIONS = Metric(
+    name="forebay.continuations", kind="counter", unit="1", labels=(_BACKEND, _ERROR),
+    meaning="Replies that broke off and that another backend was asked to go on with, by the one that was "
+    "lost.",
+)  # fmt: skip
+HEDGES = Metric(
+    name="forebay.hedges", kind="counter", unit="1", labels=(_BACKEND,),
+    meaning="Second attempts beside a slow first one, by the backend that answered first.",
+)  # fmt: skip
+HEDGE_WASTE = Metric(
+    name="forebay.hedge.wasted", kind="histogram", unit="s", buckets=_DURATION,
+    meaning="Work of the attempts that lost such a race.",
+)  # fmt: skip
+COALESCED = Metric(
+    name="forebay.coalesced", kind="counter", unit="1",
+    meaning="Requests that joined the reply to an identical one in flight.",
+)  # fmt: skip
+ADMISSION_WAIT = Metric(
+    name="forebay.admission.duration", kind="histogram", unit="s", labels=("forebay.priority",),
+    buckets=_FIRST_TOKEN, meaning="Waiting for a turn in the queue before all backends; 0 for most.",
+)  # fmt: skip
+REFUSALS = Metric(
+    name="forebay.admission.refusals", kind="counter", unit="1", labels=("forebay.priority", _ERROR),
+    meaning="Requests that the queue turned away, and why.",
+)  # fmt: skip
 FALLBACKS = Metric(
     name="forebay.fallbacks", kind="counter", unit="1", labels=(_BACKEND,),
     meaning="Calls that a backend served after another one had failed them.",

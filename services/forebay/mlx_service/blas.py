@@ -67,6 +67,13 @@ class Blas:
         threads = "1 thread" if self.threads == 1 else f"{self.threads} threads"
         return f"{self.version}, {self.kernels}, {threads}, from {self.path}"
 
+    def compute_on_callers(self) -> None:
+        """Computes each product on the thread that asks for it, from now on.
+
+        Threads of ours then compute side by side. The library would let them wait for each other.
+        """
+        ctypes.CDLL(self.path).openblas_set_num_threads(1)
+
 
 class BlasError(Exception):
     """The library cannot do mlx's products. The message says why."""

@@ -65,6 +65,8 @@ class Point:
     """A counter's or gauge's value, or a histogram's sum."""
     count: int
     """A histogram's count; 0 for others."""
+    traces: frozenset[str] = frozenset()
+    """Traces that its exemplars name, in hexadecimal."""
 
 
 class OtlpReceiver:
@@ -198,14 +200,21 @@ def _span(span: trace_pb2.Span, service: str) -> Span:
 
 
 def _points(metric: metrics_pb2.Metric, service: str) -> list[Point]:
-    found = []
+    found: list[tuple[metrics_pb2.NumberDataPoint | metrics_pb2.HistogramDataPoint, float, int]] = []
     for number in (*metric.sum.data_points, *metric.gauge.data_points):
         value = float(number.as_int if number.WhichOneof("value") == "as_int" else number.as_double)
-        found.append((number.attributes, value, 0))
-    found.extend((h.attributes, h.sum, h.count) for h in metric.histogram.data_points)
+        found.append((number, value, 0))
+    found.extend((each, each.sum, each.count) for each in metric.histogram.data_points)
     return [
-        Point(name=metric.name, service=service, attributes=_attributes(attributes), value=value, count=count)
-        for attributes, value, count in found
+        Point(
+            name=metric.name,
+            service=service,
+            attributes=_attributes(point.attributes),
+            value=value,
+            count=count,
+            traces=frozenset(exemplar.trace_id.hex() for exemplar in point.exemplars),
+        )
+        for point, value, count in found
     ]
 
 

@@ -19,8 +19,13 @@ from pathlib import Path
 
 from forebay.inference.v1 import inference_pb2 as pb
 
-ENCODERS = frozenset({"bert", "roberta", "xlm-roberta", "camembert"})
+ENCODERS = frozenset(
+    {"bert", "roberta", "xlm-roberta", "camembert", "distilbert", "modernbert", "nomic_bert"}
+)
 """Values of `model_type` whose models read a text from both ends."""
+
+_OFFSET = frozenset({"roberta", "xlm-roberta", "camembert"})
+"""Those that count positions from behind their padding token."""
 
 _ENCODER_TASKS = ("Model", "ForMaskedLM", "ForPreTraining")
 """Ends of the names of encoders that are no classifiers."""
@@ -149,9 +154,11 @@ def capabilities(*, probed: bool) -> list[pb.CapabilityReport]:
 
 
 def _token_count(path: Path, config: Mapping[str, object]) -> int:
-    positions = config.get("max_position_embeddings")
+    positions = config.get("max_position_embeddings", config.get("n_positions"))
+    if config.get("rotary_scaling_factor") and config.get("max_trained_positions"):
+        positions = config["max_trained_positions"]  # beyond, its rotations would have to be stretched
     most = positions if isinstance(positions, int) and not isinstance(positions, bool) else 0
-    if most and config.get("model_type") in ENCODERS and config.get("model_type") != "bert":
+    if most:
         most -= first_position(config)
     wanted = _read(path / "sentence_bert_config.json").get("max_seq_length")
     if isinstance(wanted, int) and wanted > 0:
@@ -161,7 +168,7 @@ def _token_count(path: Path, config: Mapping[str, object]) -> int:
 
 def first_position(config: Mapping[str, object]) -> int:
     """Returns the number of an encoder's first position: RoBERTa counts from behind its padding token."""
-    if config.get("model_type") == "bert":
+    if config.get("model_type") not in _OFFSET:
         return 0
     padding = config.get("pad_token_id")
     return (padding if isinstance(padding, int) else 1) + 1

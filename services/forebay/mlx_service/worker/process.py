@@ -166,7 +166,16 @@ def _embedding(
         backend=options.name,
         token_count=options.context,
         how=how,
+        lanes=_lanes(),
     )
+
+
+def _lanes() -> int | None:
+    """Returns how many parts of a batch are computed at once; None is the engine's own choice."""
+    if BLAS is None:
+        return None
+    BLAS.compute_on_callers()
+    return BLAS.threads
 
 
 def _show(engine: Engine | EmbeddingEngine, model_id: str, to: Metrics) -> None:

@@ -50,6 +50,12 @@ PROBE_SECONDS = 0.5
 QUEUE_TOKENS = 4_000_000
 """Tokens that may wait: 16 MB. They are minutes of work for a laptop."""
 
+GATHER_SHARE = 0.5
+"""Share of the last batch's time that the next one waits for those whom that one answered."""
+
+GATHER_SECONDS = 0.02
+"""The longest such wait."""
+
 IDLE_SECONDS = 1.0
 """Idle time after which freed buffers go back to the system."""
 
@@ -170,6 +176,8 @@ class EmbeddingEngine:
         self._weights_bytes = 0
         self._freed_bytes = 0
         self._peak_bytes = 0
+        self._answered = 0
+        self._step_seconds = 0.0
 
     # On the event loop
 
@@ -286,6 +294,7 @@ class EmbeddingEngine:
             self._post(self._finish, self._loaded, None)
             while not self._stopped:
                 self._drain()
+                self._gather()
                 batch = self._live(self._batcher.take())
                 if batch and not self._stopped:
                     self._step(batch)
@@ -350,6 +359,18 @@ class EmbeddingEngine:
             except queue.Empty:
                 return
 
+    def _gather(self) -> None:
+        """Waits a moment for those who were just answered: who asked for a text at a time asks again.
+
+        Without it the first who is back goes alone, at the price of a whole batch.
+        """
+        until = time.monotonic() + min(self._step_seconds * GATHER_SHARE, GATHER_SECONDS)
+        while 0 < len(self._batcher) < self._answered and not self._stopped:
+            try:
+                self._commands.get(timeout=max(until - time.monotonic(), 0))()
+            except queue.Empty:
+                return
+
     def _add(self, job: Job, urgency: int) -> None:
         if not job.is_over:
             self._batcher.add(job, job.texts, urgency=urgency)
@@ -387,8 +408,10 @@ class EmbeddingEngine:
         for entry, result in zip(batch, results, strict=True):
             for job in entry.waiters:
                 news.setdefault(job, []).append((entry.tokens, result))
+        self._answered = len(news)
+        self._step_seconds = time.monotonic() - began
         tokens = sum(entry.length for entry in batch)
-        self._post(self._deliver, list(news.items()), (time.monotonic() - began) / tokens)
+        self._post(self._deliver, list(news.items()), self._step_seconds / tokens)
 
     def _run_batch(self, batch: Sequence[Pending[Job]]) -> Sequence[Vector | Failure]:
         """Embeds a batch; if that fails its halves, and so on, so that one text cannot fail another."""

@@ -8,9 +8,11 @@ from pathlib import Path
 from typing import TypeAlias
 
 from forebay.kit.failure import ModelLoadFailed
-from forebay.mlx_service.models.embedding import Dense, Recipe
-from forebay.mlx_service.worker.embedding.bert import ACTIVATIONS, Bert
+from forebay.mlx_service.models.embedding import ENCODERS, Dense, Recipe
+from forebay.mlx_service.worker.embedding.activations import ACTIVATIONS
+from forebay.mlx_service.worker.embedding.bert import Bert
 from forebay.mlx_service.worker.embedding.pooling import normalize, pool
+from forebay.mlx_service.worker.embedding.rotary import ModernBert, NomicBert
 from forebay.mlx_service.worker.runtime import load_model, model_classes, mx
 from forebay.mlx_service.worker.sampling import Array
 from forebay.mlx_service.worker.weights import STORED, Plan, unpack
@@ -59,6 +61,10 @@ _ACTIVATIONS: Mapping[str, Callable[[Array], Array]] = {
 }
 
 
+_OTHERS: Mapping[str, type[ModernBert | NomicBert]] = {"modernbert": ModernBert, "nomic_bert": NomicBert}
+"""Encoders that are not of BERT's build, by `model_type`."""
+
+
 def load_embedder(path: Path, recipe: Recipe, how: Plan = STORED) -> TextEmbedder:
     """Returns the model with all weights in memory. Call it on the engine's thread.
 
@@ -90,7 +96,8 @@ def _encoder(path: Path, config: Mapping[str, object], how: Plan) -> Outputs:
     weights: dict[str, Array] = {}
     for file in sorted(path.glob("model*.safetensors")):
         weights.update(_tensors(file))
-    model = Bert(config, weights)
+    build: type[Bert | ModernBert | NomicBert] = _OTHERS.get(str(config.get("model_type")), Bert)
+    model = build(config, weights, is_float32=how.is_float32)
     mx.eval(model.arrays)
     return model
 
@@ -105,6 +112,14 @@ def _decoder(path: Path, config: Mapping[str, object], how: Plan) -> Outputs:
             f"{path.name}: a decoder that reads from both ends is not supported",
             metadata={"model": path.name},
         )
+    try:
+        model_classes(config)
+    except ValueError as error:
+        raise ModelLoadFailed(
+            f"{path.name}: models of type {config.get('model_type')!r} are not supported for embeddings; "
+            f"{', '.join(sorted(ENCODERS))} are, and decoders that mlx-lm knows",
+            metadata={"model": path.name},
+        ) from error
     # Without the last layer there is nothing to tie, and some folders leave its weights out.
     model, _ = load_model(
         path,

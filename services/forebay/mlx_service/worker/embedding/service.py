@@ -30,6 +30,9 @@ from forebay.mlx_service.worker.weights import STORED, Plan
 NORM_TOLERANCE = 1e-3
 """How far from 1 the length of a vector may be that counts as normalised."""
 
+SMALL = 10_000
+"""Numbers that are written into a response at once, in less time than another thread takes to begin."""
+
 DEFAULT_TOKEN_COUNT = 8192
 """Longest text of a model that does not say its own: more than most take."""
 
@@ -125,6 +128,8 @@ class EmbeddingService:
                 work.failures[index] = result
         if work.failures and (not request.allow_partial or len(work.failures) == len(work.texts)):
             raise _named(work.failures, len(work.texts))
+        if len(results) * self._engine.dimensions <= SMALL:
+            return self._response(work, results)
         return await asyncio.to_thread(self._response, work, results)
 
     async def count_tokens(self, call: Call[pb.CountTokensRequest]) -> pb.CountTokensResponse:
@@ -309,6 +314,7 @@ def assemble(
     backend: str,
     token_count: int | None,
     how: Plan = STORED,
+    lanes: int | None = None,
 ) -> tuple[EmbeddingService, EmbeddingEngine, Texts]:
     """Puts a worker for an embedding model together. Nothing is loaded yet.
 
@@ -319,13 +325,14 @@ def assemble(
         backend: name of the backend it belongs to.
         token_count: most tokens of a text. None is what the model takes.
         how: how weights are held.
+        lanes: parts of a batch that are computed at once; see `EmbeddingEngine`.
     """
     assert facts.recipe is not None
     recipe = facts.recipe
     most = recipe.token_count or token_count or DEFAULT_TOKEN_COUNT
     most = min(most, token_count) if token_count else most
     texts = Texts(path, most)
-    engine = EmbeddingEngine(lambda: load_embedder(path, recipe, how), longest=most)
+    engine = EmbeddingEngine(lambda: load_embedder(path, recipe, how), longest=most, lanes=lanes)
     served = Embeds(model_id=model_id, backend=backend, facts=facts, token_count=most, detail=how.reason)
     return EmbeddingService(served, engine, texts), engine, texts
 

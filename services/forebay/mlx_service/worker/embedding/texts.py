@@ -21,6 +21,10 @@ CHUNK = 256
 """Texts that are tokenised in one go: then other callers have their turn."""
 
 
+SMALL = 2000
+"""Characters that are tokenised at once, in less time than another thread takes to begin."""
+
+
 class Texts:
     """Turns texts into tokens.
 
@@ -55,6 +59,8 @@ class Texts:
             texts: the texts.
             cut: whether each is cut to as many tokens as the model takes.
         """
+        if sum(map(len, texts)) <= SMALL:
+            return self._encode(texts, cut)
         loop = asyncio.get_running_loop()
         found: list[bytes] = []
         for i in range(0, len(texts), CHUNK):

@@ -1,0 +1,143 @@
+"""Whatever the layers do to a request is counted, under the names that the docs have."""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+
+import grpc.aio
+import pytest
+from opentelemetry.sdk.metrics import MeterProvider
+from opentelemetry.sdk.metrics.export import HistogramDataPoint, InMemoryMetricReader, NumberDataPoint
+
+from contract.orchestrator_mesh import WAIT_SECONDS, Mesh
+from forebay.inference.v1 import inference_pb2 as pb
+from forebay.kit.metrics import Metrics
+from forebay.kit.telemetry import Telemetry, off
+from forebay.testing.calls import ask, with_options
+from forebay.testing.client import client as client_of
+from forebay.testing.otlp import OtlpReceiver
+from forebay.testing.processes import ServiceProcess
+from forebay.testing.script import Fault, Script
+from forebay.testing.scripted import ScriptedEngine, ScriptedModel
+
+
+class Measured:
+    """Telemetry whose metrics can be read."""
+
+    def __init__(self) -> None:
+        self._reader = InMemoryMetricReader()
+        meters = MeterProvider([self._reader], shutdown_on_exit=False)
+        self.telemetry = Telemetry(off().tracer, metrics=Metrics(meters.get_meter("test")))
+
+    def points(self, name: str) -> dict[tuple[str, ...], float]:
+        """Returns value, or a histogram's count, by the labels' values in the order of their names."""
+        data = self._reader.get_metrics_data()
+        found: dict[tuple[str, ...], float] = {}
+        for resource in data.resource_metrics if data is not None else ():
+            for scope in resource.scope_metrics:
+                for metric in scope.metrics:
+                    for point in metric.data.data_points if metric.name == name else ():
+                        labels = tuple(str(value) for _, value in sorted((point.attributes or {}).items()))
+                        if isinstance(point, HistogramDataPoint):
+                            found[labels] = point.count
+                        elif isinstance(point, NumberDataPoint):
+                            found[labels] = point.value
+        return found
+
+
+def engine(name: str, **script: object) -> ScriptedEngine:
+    model = ScriptedModel(name="m", weights="same", script=Script(**script))  # type: ignore[arg-type]  # its fields
+    return ScriptedEngine(name=name, models=[model])
+
+
+async def test_a_reply_that_another_backend_went_on_with_is_counted_by_who_was_lost(tmp_path: Path) -> None:
+    found = Measured()
+    breaking = engine("a", fault=Fault.parse("STREAM_INTERRUPTED@5"))
+    async with Mesh(tmp_path, breaking, engine("b"), telemetry=found.telemetry) as mesh:
+        request = ask(model="m")
+        request.routing.backends.extend(["a", "b"])
+        request.routing.continuation = pb.CONTINUATION_POLICY_SAME_WEIGHTS
+        await mesh.generate(request)
+        assert found.points("forebay.continuations") == {("STREAM_INTERRUPTED", "a"): 1}
+        assert found.points("forebay.admission.duration") == {("normal",): 1}
+
+
+async def test_who_is_turned_away_is_counted_with_the_reason(tmp_path: Path) -> None:
+    found = Measured()
+    mesh = Mesh(
+        tmp_path, engine("a"), telemetry=found.telemetry, backend={"slots": 1}, admission={"queue": 0}
+    )
+    async with mesh:
+        slow = with_options(ask(model="m"), token_count=5000, token_delay="5ms")
+        call = mesh.client.Generate(slow, timeout=WAIT_SECONDS)
+        await call.read()
+        urgent = ask(model="m")
+        urgent.routing.priority = pb.PRIORITY_INTERACTIVE
+        with pytest.raises(grpc.aio.AioRpcError):
+            await mesh.generate(urgent)
+        assert found.points("forebay.admission.refusals") == {("QUEUE_FULL", "interactive"): 1}
+        call.cancel()
+
+
+async def test_a_race_is_counted_by_its_winner_and_so_is_what_it_wasted(tmp_path: Path) -> None:
+    found = Measured()
+    hedge = {"enabled": True, "min_samples": 1, "delay_min": "20ms"}
+    slow, quick = engine("a", first_delay=3600.0), engine("b")
+    async with Mesh(tmp_path, slow, quick, telemetry=found.telemetry, hedge=hedge) as mesh:
+        request = ask(model="m")
+        request.routing.backends.append("b")  # so that it is known how long a first delta takes
+        await mesh.generate(request)
+        request.routing.backends[:] = ["a", "b"]
+        await mesh.generate(request)
+        assert found.points("forebay.hedges") == {("b",): 1}
+        assert found.points("forebay.hedge.wasted") == {(): 1}
+
+
+async def test_who_joins_a_reply_is_counted(tmp_path: Path) -> None:
+    found = Measured()
+    async with Mesh(tmp_path, engine("a"), telemetry=found.telemetry, coalesce="always") as mesh:
+        request = with_options(ask(model="m"), token_count=50, token_delay="5ms")
+        request.sampling.temperature = 0
+        await asyncio.gather(mesh.generate(request), mesh.generate(request))
+        assert found.points("forebay.coalesced") == {(): 1}
+
+
+async def test_embeddings_that_went_together_are_counted(tmp_path: Path) -> None:
+    found = Measured()
+    async with Mesh(tmp_path, engine("a"), telemetry=found.telemetry, gather={"window": "50ms"}) as mesh:
+        one = with_options(pb.EmbedRequest(model="m", texts=["x"]), first_delay="50ms")
+        await asyncio.gather(*(mesh.client.Embed(one, timeout=WAIT_SECONDS) for _ in range(3)))
+        assert found.points("forebay.embed.gathered") == {(): 1}
+
+
+async def test_a_slow_bucket_names_a_trace_to_look_at(tmp_path: Path) -> None:
+    """Exemplars go with the metrics that are pushed; the page for Prometheus has none."""
+    environment = {"OTEL_BSP_SCHEDULE_DELAY": "100", "OTEL_METRIC_EXPORT_INTERVAL": "200"}
+    async with (
+        OtlpReceiver() as otlp,
+        ServiceProcess("forebay.testing.scripted", ["--name", "a", "--models", "m"]) as backend,
+    ):
+        (tmp_path / "o.toml").write_text(
+            f'[telemetry]\notlp_endpoint = "{otlp.endpoint}"\nmetrics_interval = "200ms"\n'
+            '[orchestrator]\naddress = "127.0.0.1:0"\n'
+            f'[[orchestrator.backends]]\nname = "a"\naddress = "{backend.address}"\n'
+        )
+        async with (
+            ServiceProcess(
+                "forebay.orchestrator", ["--config", str(tmp_path / "o.toml")], environment=environment
+            ) as orchestrator,
+            client_of(orchestrator.address) as peer,
+        ):
+            async with asyncio.timeout(WAIT_SECONDS):
+                while not (await peer.inference.ListModels(pb.ListModelsRequest())).models:
+                    await asyncio.sleep(0.05)
+            trace = "4bf92f3577b34da6a3ce929d0e0e4736"
+            metadata = grpc.aio.Metadata(("traceparent", f"00-{trace}-00f067aa0ba902b7-01"))
+            async for _ in peer.inference.Generate(ask(model="m"), timeout=WAIT_SECONDS, metadata=metadata):
+                pass
+            async with asyncio.timeout(WAIT_SECONDS):
+                while not any(
+                    trace in point.traces for point in otlp.points("gen_ai.client.operation.duration")
+                ):
+                    await asyncio.sleep(0.05)
