@@ -10,11 +10,13 @@ import json
 import os
 import shutil
 import signal
+import subprocess
 import tempfile
+import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import aiohttp
 
@@ -128,50 +130,65 @@ class Page:
         path.write_bytes(base64.b64decode(told["data"]))
 
 
-@asynccontextmanager
-async def browsing() -> AsyncIterator[Page]:
-    """Starts a browser with an empty profile, and gives its tab."""
-    found = executable()
-    assert found is not None, "there is a Chromium, or the test was skipped"
-    profile = tempfile.mkdtemp(prefix="forebay-browser-")
-    process = await asyncio.create_subprocess_exec(
-        found,
-        "--headless=new",
-        "--no-sandbox",  # it cannot make one as root, and only our own page is opened
-        "--disable-gpu",
-        "--disable-dev-shm-usage",
-        "--no-first-run",
-        "--disable-background-networking",
-        "--disable-component-update",
-        "--remote-debugging-port=0",
-        f"--user-data-dir={profile}",
-        "about:blank",
-        stdout=asyncio.subprocess.DEVNULL,
-        stderr=asyncio.subprocess.DEVNULL,
-        start_new_session=True,
-    )
-    try:
+class Browser:
+    """A browser process with an empty profile, for `with`; its tabs belong to whichever loop opens them."""
+
+    def __enter__(self) -> Self:
+        found = executable()
+        assert found is not None, "there is a Chromium, or the test was skipped"
+        self._profile = Path(tempfile.mkdtemp(prefix="forebay-browser-"))
+        self._process = subprocess.Popen(
+            [
+                found,
+                "--headless=new",
+                "--no-sandbox",  # it cannot make one as root, and only our own page is opened
+                "--disable-gpu",
+                "--disable-dev-shm-usage",
+                "--no-first-run",
+                "--disable-background-networking",
+                "--disable-component-update",
+                "--remote-debugging-port=0",
+                f"--user-data-dir={self._profile}",
+                "about:blank",
+            ],
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            start_new_session=True,
+        )
+        try:
+            self._port = self._find_port()
+        except BaseException:
+            self.__exit__()
+            raise
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self._process.pid, signal.SIGKILL)
+        self._process.wait()
+        shutil.rmtree(self._profile, ignore_errors=True)
+
+    def _find_port(self) -> int:
+        until = time.monotonic() + START_SECONDS
+        while True:
+            with contextlib.suppress(FileNotFoundError, ValueError, IndexError):
+                return int((self._profile / "DevToolsActivePort").read_text().splitlines()[0])
+            assert self._process.poll() is None, "the browser did not start"
+            assert time.monotonic() < until, "the browser took too long to start"
+            time.sleep(0.05)
+
+    @asynccontextmanager
+    async def page(self) -> AsyncIterator[Page]:
+        """Opens a tab for the length of a block."""
+        host = f"http://127.0.0.1:{self._port}/json"
         async with aiohttp.ClientSession() as session:
-            port = await _port(Path(profile) / "DevToolsActivePort", process)
-            async with session.get(f"http://127.0.0.1:{port}/json/list") as response:
-                (tab,) = [each for each in await response.json() if each["type"] == "page"]
+            async with session.put(f"{host}/new?about:blank") as response:
+                tab = await response.json(content_type=None)
             async with session.ws_connect(tab["webSocketDebuggerUrl"], max_msg_size=2**26) as socket:
                 page = Page(socket)
                 listening = asyncio.create_task(page.listen())
                 yield page
                 await socket.close()
                 await listening
-    finally:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
-        await process.wait()
-        await asyncio.to_thread(shutil.rmtree, profile, True)
-
-
-async def _port(file: Path, process: asyncio.subprocess.Process) -> int:
-    async with asyncio.timeout(START_SECONDS):
-        while True:
-            with contextlib.suppress(FileNotFoundError, ValueError, IndexError):
-                return int(file.read_text().splitlines()[0])
-            assert process.returncode is None, "the browser did not start"
-            await asyncio.sleep(0.05)
+            async with session.get(f"{host}/close/{tab['id']}"):
+                pass

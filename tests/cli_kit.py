@@ -61,6 +61,10 @@ class FakeMesh:
     listed: list[pb.Model] = field(default_factory=list)
     fleet: list[fleet_pb.Backend] = field(default_factory=list)
     watched: list[fleet_pb.Backend] = field(default_factory=list)
+    removed: list[str] = field(default_factory=list)
+    reloaded: fleet_pb.ReloadConfigurationResponse = field(
+        default_factory=fleet_pb.ReloadConfigurationResponse
+    )
     explained: fleet_pb.ExplainRouteResponse = field(default_factory=fleet_pb.ExplainRouteResponse)
     embeddings: list[pb.EmbedResponse | BaseException] = field(default_factory=list)
     loads: list[models_pb.LoadModelResponse] = field(default_factory=list)
@@ -147,11 +151,22 @@ class FakeMesh:
             item.active_call_count = max(0, item.active_call_count - 1)
         return list(self.fleet)
 
-    async def watch(self, handle: Callable[[fleet_pb.Backend], None]) -> None:
-        """Plays changes of backends."""
+    async def watch(
+        self,
+        handle: Callable[[fleet_pb.Backend], None],
+        on_removed: Callable[[str], None] = lambda name: None,
+    ) -> None:
+        """Plays changes of backends, and then their removal."""
         self._ask("watch")
         for item in self.watched:
             handle(item)
+        for name in self.removed:
+            on_removed(name)
+
+    async def reload(self, *, validate_only: bool) -> fleet_pb.ReloadConfigurationResponse:
+        """Plays a change of the configuration."""
+        self._ask(("reload", validate_only))
+        return self.reloaded
 
     async def drain(self, name: str) -> fleet_pb.Backend:
         """Drains."""

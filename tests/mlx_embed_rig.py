@@ -10,6 +10,7 @@ from pathlib import Path
 from forebay.inference.v1 import inference_pb2 as pb
 from forebay.kit.pipeline import Call
 from forebay.mlx_service.models.describe import describe
+from forebay.mlx_service.models.identity import Identity
 from forebay.mlx_service.worker.embedding.engine import EmbeddingEngine
 from forebay.mlx_service.worker.embedding.service import EmbeddingService, assemble
 
@@ -31,10 +32,16 @@ class Rig:
         return [list(e.values) for e in (await self.embed(*texts, **fields)).embeddings]
 
 
+def learned(path: Path) -> Identity:
+    identity = Identity(path)
+    identity.learn()
+    return identity
+
+
 @asynccontextmanager
 async def rig(path: Path, *, token_count: int | None = None) -> AsyncIterator[Rig]:
     service, engine, texts = assemble(
-        path, describe(path), model_id=MODEL, backend="mlx", token_count=token_count
+        path, describe(path), identity=learned(path), model_id=MODEL, backend="mlx", token_count=token_count
     )
     try:
         await texts.load()

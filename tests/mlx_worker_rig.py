@@ -14,11 +14,14 @@ from forebay.inference.v1 import inference_pb2 as pb
 from forebay.kit.pipeline import Call, Event
 from forebay.mlx_service.host import default_ceiling
 from forebay.mlx_service.models.describe import describe
+from forebay.mlx_service.models.identity import Identity
+from forebay.mlx_service.worker.cache_layout import Layout
 from forebay.mlx_service.worker.engine import Engine
 from forebay.mlx_service.worker.grammar import Grammars
 from forebay.mlx_service.worker.load import load_weights
 from forebay.mlx_service.worker.memory import read_memory
 from forebay.mlx_service.worker.prefix_cache import PrefixCache
+from forebay.mlx_service.worker.prefix_disk import DiskTier, Post
 from forebay.mlx_service.worker.pressure import Held
 from forebay.mlx_service.worker.runtime import BLAS
 from forebay.mlx_service.worker.service import Served, WorkerService
@@ -91,6 +94,7 @@ async def rig(
     isolates_callers: bool = False,
     ceiling: int | None = None,
     read: Callable[[], Held] = read_memory,
+    disk: Callable[[Layout, Post], DiskTier] | None = None,
 ) -> AsyncIterator[Rig]:
     words = Words(path)
     await words.load()
@@ -105,11 +109,15 @@ async def rig(
         prefixes=prefixes,
         ceiling=ceiling,
         read=read,
+        disk=disk,
     )
+    identity = Identity(path)
+    identity.learn()
     served = Served(
         model_id=MODEL,
         backend="mlx",
         facts=facts,
+        identity=identity,
         context_token_count=context,
         default_max_tokens=default_max_tokens,
         rows=rows,

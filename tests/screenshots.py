@@ -1,7 +1,7 @@
 """Pictures for the docs: `python tests/screenshots.py [--seconds 310] [--out docs/images]`.
 
-Scripted backends play an afternoon: people chat, a batch runs, one backend is
-lost and comes back, another is made to fail until its breaker opens.
+Scripted backends play an afternoon: people chat, batches run, one backend is
+lost and comes back, another fails a request, and one is drained at the end.
 """
 
 from __future__ import annotations
@@ -17,17 +17,19 @@ from pathlib import Path
 import grpc.aio
 from opentelemetry.sdk.trace import TracerProvider
 
-from browser import Page, browsing
+from browser import Browser, Page
 from contract.orchestrator_mesh import Mesh
 from forebay.cli.client import connected
 from forebay.cli.top.screen import Top
+from forebay.fleet.v1 import fleet_pb2
 from forebay.inference.v1 import inference_pb2 as pb
 from forebay.kit.telemetry import Telemetry
 from forebay.testing.calls import ask, with_options
-from forebay.testing.script import Script, ScriptedModel
+from forebay.testing.script import Fault, Script, ScriptedModel
 from forebay.testing.scripted import ScriptedEngine
 
 QWEN = "qwen3-8b-4bit"
+WIDTH, HEIGHT = 1280, 880
 
 
 def model(name: str, *, loaded: bool = True, **script: float) -> ScriptedModel:
@@ -110,7 +112,7 @@ class Afternoon:
                 "gemma-3-27b-it-4bit",
                 "gpt-9",
             ],
-            [40, 18, 22, 14, 4, 2],
+            [40, 18, 22, 15, 4, 1],
         )[0]
         request = with_options(
             ask(f"question {chance.random()}", model=name), token_count=chance.randint(30, 260)
@@ -126,7 +128,7 @@ class Afternoon:
     async def _batches(self, group: asyncio.TaskGroup) -> None:
         while True:
             await asyncio.sleep(26)
-            for _ in range(14):
+            for _ in range(8):
                 request = with_options(ask("batch", model="mistral-small-24b"), token_count=50)
                 request.routing.priority = pb.PRIORITY_BATCH
                 group.create_task(self._ask(request))
@@ -136,11 +138,11 @@ class Afternoon:
 
     async def _trouble(self) -> None:
         while True:
-            await asyncio.sleep(24)
+            await asyncio.sleep(90)
             await self._mesh["ollama"].stop()
-            await asyncio.sleep(9)
+            await asyncio.sleep(4)
             await self._mesh["ollama"].start()
-            await asyncio.sleep(100)
+            await asyncio.sleep(3600)
 
     async def _ask(self, request: pb.GenerateRequest) -> None:
         with contextlib.suppress(grpc.aio.AioRpcError):
@@ -150,7 +152,7 @@ class Afternoon:
 async def main(seconds: float, out: Path) -> None:
     out.mkdir(parents=True, exist_ok=True)
     provider = TracerProvider(shutdown_on_exit=False)  # for trace identifiers, which lead nowhere
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder, Browser() as browser:
         mesh = Mesh(
             Path(folder),
             *engines(),
@@ -159,13 +161,13 @@ async def main(seconds: float, out: Path) -> None:
             web_address="127.0.0.1:0",
             trace_url="http://127.0.0.1:16686/trace/{trace_id}",
         )
-        async with mesh, mesh.orchestrator.dashboard() as url, browsing() as page:
+        async with mesh, mesh.orchestrator.dashboard() as url, browser.page() as page:
             traffic = asyncio.create_task(Afternoon(mesh).run())
-            await page.dress(width=1400, height=900, scheme="dark")
+            await page.dress(width=WIDTH, height=HEIGHT, scheme="dark")
             await page.open(str(url))
             await asyncio.sleep(seconds)
-            await shoot(page, mesh, out)
             await shoot_terminal(mesh, out)
+            await shoot(page, mesh, out)
             traffic.cancel()
             await asyncio.wait([traffic])
             print("\n".join(page.complaints) or "the browser has nothing to complain of")
@@ -184,20 +186,22 @@ async def shoot_terminal(mesh: Mesh, out: Path) -> None:
 
 
 async def shoot(page: Page, mesh: Mesh, out: Path) -> None:
-    await page.until("document.querySelectorAll('#live tr').length >= 3")
+    await mesh.control.DrainBackend(fleet_pb2.DrainBackendRequest(backend="lmstudio"))
+    mesh["mlx"].engine.then(Script(fault=Fault.parse("UNAVAILABLE@before")))
+    moved = with_options(ask(model=QWEN), token_count=40)
+    moved.routing.backends.extend(["mlx", "ollama"])
+    await mesh.generate(moved)
+    await asyncio.sleep(3)
+    await page.until("document.querySelectorAll('#live tr').length >= 4")
     await page.picture(out / "dashboard-dark.png")
-    await page.dress(width=1400, height=900, scheme="light")
+    await page.dress(width=WIDTH, height=HEIGHT, scheme="light")
     await asyncio.sleep(0.6)
     await page.picture(out / "dashboard-light.png")
     await page.look("document.querySelector('[data-filter=moved]').click()")
-    await page.look("document.querySelector('#recent .why-button')?.click()")
+    await page.until("document.querySelector('#recent .why-button') !== null")
+    await page.look("document.querySelector('#recent .why-button').click()")
     await asyncio.sleep(0.6)
-    await page.look("document.querySelector('#recent').scrollIntoView({block: 'start'})")
     await page.picture(out / "dashboard-decision.png", selector="section[aria-labelledby=recent-title]")
-    await page.dress(width=390, height=844, scheme="dark", scale=2)
-    await page.look("scrollTo(0, 0)")
-    await asyncio.sleep(0.6)
-    await page.picture(out / "dashboard-phone.png")
 
 
 if __name__ == "__main__":

@@ -45,10 +45,12 @@ def build_random(
     layers: int = LAYERS,
     context: int = CONTEXT,
     plain: bool = False,
+    family: str = "llama",
 ) -> Path:
     """Writes a model with random weights into `path` and returns it.
 
     Args:
+        family: `llama`, or `qwen2`, which is the same with biases before attention.
         plain: whether greedy replies are of capitals and digits alone, so that their text can be cut anywhere
             and gives the same tokens again. Such replies never end by themselves.
     """
@@ -64,7 +66,13 @@ def build_random(
             head[token] = (
                 head[likely[token % len(likely)]] / 2
             )  # less than its model wherever that is likeliest
-    return _write(path, vocab, tensors, hidden, layers, context, (), CHAT_TEMPLATE)
+    if family == "qwen2":
+        for name in [
+            name for name in tensors if name.endswith(("q_proj.weight", "k_proj.weight", "v_proj.weight"))
+        ]:
+            bias = random.normal(0, 0.1, hidden).astype(np.float32)
+            tensors[name.replace("weight", "bias")] = bias
+    return _write(path, vocab, tensors, hidden, layers, context, (), CHAT_TEMPLATE, family)
 
 
 def build_scripted(
@@ -146,13 +154,14 @@ def _write(
     context: int,
     markers: Sequence[str],
     chat_template: str,
+    family: str = "llama",
 ) -> Path:
     path.mkdir(parents=True, exist_ok=True)
     added = [BOS, EOS, *markers]
     ids = {token: len(vocab) + i for i, token in enumerate(added)}
     config = {
-        "model_type": "llama",
-        "architectures": ["LlamaForCausalLM"],
+        "model_type": family,
+        "architectures": [f"{family.capitalize()}ForCausalLM"],
         "hidden_size": hidden,
         "num_hidden_layers": layers,
         "intermediate_size": 2 * hidden,

@@ -644,25 +644,36 @@ def test_with_mlx_the_program_serves(monkeypatch):
 def test_workers_are_told_what_is_configured():
     settings = MlxSettings.model_validate(
         {
+            "cache_dir": "/c",
             "max_rows": 3,
             "default_max_output_token_count": 99,
             "prefix_cache_bytes": 7,
+            "prefix_disk_bytes": "1KiB",
+            "prefix_disk_write": "finished",
             "memory_ceiling": 8,
+            "prefill_chunk_token_count": 64,
+            "cache_limit": 9,
+            "memory_reserve": 10,
+            "wired_limit": 11,
             "auth_token_digests": ["0" * 64],
             "cpu_weights": "stored",
             "cpu_blas": "/opt/libopenblas.so",
             "cpu_threads": 3,
         }
     )
-    expected = "--max-rows 3 --prefix-cache 7 --isolate-callers --default-max-tokens 99"
+    expected = (
+        "--prefix-cache 7 --digests /c/digests --prefix-disk /c/prefixes --prefix-disk-bytes 1024 "
+        "--prefix-disk-write finished --max-rows 3 --prefill-chunk 64 --cache-limit 9 --wired-limit 11 "
+        "--isolate-callers --default-max-tokens 99"
+    )
     expected += " --cpu-weights stored"
     assert worker_arguments(settings) == expected.split()
     assert settings.worker_environment == {
         "FOREBAY_MLX__CPU_BLAS": "/opt/libopenblas.so",
         "FOREBAY_MLX__CPU_THREADS": "3",
     }
-    plain = MlxSettings.model_validate({"prefix_cache_bytes": 0})
-    assert worker_arguments(plain) == ["--max-rows", "8", "--prefix-cache", "0"]
+    plain = MlxSettings.model_validate({"cache_dir": "/c", "prefix_cache_bytes": 0})
+    assert worker_arguments(plain) == ["--prefix-cache", "0", "--digests", "/c/digests"]
     assert plain.worker_environment == {"FOREBAY_MLX__CPU_BLAS": "auto"}
 
 

@@ -127,7 +127,7 @@ async def test_a_load_that_ends_without_an_end_is_broken(tmp_path: Path) -> None
         with pytest.raises(Exception, match="the stream ended without loaded") as caught:
             await orchestrator.models.load_model(models_pb.LoadModelRequest(model="m"), send)
     assert type(caught.value).__name__ == "BrokenStream"
-    assert len(events) == 1
+    assert events, "it was told that the load began"
 
 
 async def test_a_fault_in_a_backends_code_is_the_backends(tmp_path: Path) -> None:

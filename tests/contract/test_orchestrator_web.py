@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import contextlib
 import hashlib
 import json
 import socket
@@ -23,6 +24,8 @@ from forebay.fleet.v1 import fleet_pb2
 from forebay.inference.v1 import inference_pb2 as pb
 from forebay.kit import hosts
 from forebay.kit.server import StartError
+from forebay.kit.telemetry import off
+from forebay.orchestrator.__main__ import serve
 from forebay.orchestrator.config import OrchestratorSettings
 from forebay.orchestrator.web import server, view
 from forebay.testing.calls import ask, with_options
@@ -141,7 +144,8 @@ async def test_other_sites_may_link_here_and_read_nothing(tmp_path: Path) -> Non
     async with shown(tmp_path) as stack:
         own = stack.url.removesuffix("/")
         assert await stack.status("app.js", Origin=own, Sec_Fetch_Site="same-origin") == 200
-        for origin in ("http://evil.example", "null", own.replace("http", "https"), "http://127.0.0.1:1"):
+        assert await stack.status("app.js", Origin=own.replace("http", "https")) == 200
+        for origin in ("http://evil.example", "null", f"{own}.evil.example", "http://127.0.0.1:1", ""):
             assert await stack.status("events", Origin=origin) == 403
         assert await stack.status(Sec_Fetch_Site="cross-site", Sec_Fetch_Mode="navigate") == 200
         assert await stack.status(Sec_Fetch_Site="cross-site", Sec_Fetch_Mode="no-cors") == 403
@@ -262,6 +266,7 @@ async def test_a_page_that_is_closed_costs_nothing_any_more(tmp_path: Path) -> N
 async def test_a_page_that_takes_nothing_is_given_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(server, "STUCK", 0.2)
     monkeypatch.setattr(server, "TICK", 0.0)
+    monkeypatch.setattr(view, "backends", lambda shown: ["much" * 2**18])
     async with shown(tmp_path) as stack:
         reader, writer = await asyncio.open_connection(*stack.url.split("/")[2].split(":"), limit=1)
         writer.write(b"GET /events HTTP/1.1\r\nHost: localhost\r\n\r\n")
@@ -306,6 +311,29 @@ async def test_without_an_address_there_is_no_dashboard(tmp_path: Path) -> None:
         mesh.orchestrator.dashboard() as url,
     ):
         assert url is None
+
+
+async def test_the_process_serves_it(tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as found:
+        web = f"127.0.0.1:{found.getsockname()[1]}"
+    settings = OrchestratorSettings.model_validate(
+        {
+            "address": "127.0.0.1:0",
+            "web_address": web,
+            "backends": [{"name": "absent", "address": f"unix:{tmp_path}/absent"}],
+        }
+    )
+    serving = asyncio.create_task(serve(settings, off()))
+    answers = []
+    async with aiohttp.ClientSession() as client, asyncio.timeout(WAIT_SECONDS):
+        while not answers:
+            with contextlib.suppress(aiohttp.ClientConnectionError):
+                async with client.get(f"http://{web}/") as response:
+                    answers.append(response.status)
+            await asyncio.sleep(0.01)
+    serving.cancel()
+    await asyncio.wait([serving])
+    assert answers == [200]
 
 
 GUARD = {

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 
 import grpc.aio
 import pytest
 
-from browser import Page, browsing, executable
+from browser import Browser, Page, executable
 from contract.orchestrator_mesh import Mesh
 from forebay.inference.v1 import inference_pb2 as pb
 from forebay.testing.calls import ask, with_options
@@ -24,9 +24,15 @@ HOSTILE = '<img src=x onerror="window.pwned=1">\'"><script>window.pwned=2</scrip
 """A model's name, as whoever publishes models may choose it."""
 
 
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Browser]:
+    with Browser() as running:
+        yield running
+
+
 @pytest.fixture
-async def page() -> AsyncIterator[Page]:
-    async with browsing() as tab:
+async def page(browser: Browser) -> AsyncIterator[Page]:
+    async with browser.page() as tab:
         yield tab
     assert not tab.complaints, "the browser complained"
 
@@ -138,7 +144,7 @@ async def test_names_that_others_chose_are_text_and_never_code(tmp_path: Path, p
         await page.until("document.querySelector('#live .pill')?.textContent === 'Writing'")
         stream.cancel()
         with pytest.raises(grpc.aio.AioRpcError):
-            await mesh.generate(ask(model=HOSTILE + HOSTILE))
+            await mesh.generate(ask(model=f"{HOSTILE}, which nobody has"))
         await page.until("document.querySelectorAll('#recent .entry').length === 2")
         for button in range(2):
             await page.look(f"document.querySelectorAll('.why-button')[{button}].click()")

@@ -33,11 +33,13 @@ def test_the_wheel_adds_only_forebay_to_site_packages(wheel: Path) -> None:
     assert "forebay/__init__.py" not in names  # a namespace that other distributions may share
 
 
-def test_the_wheel_carries_protos_and_types(wheel: Path) -> None:
+def test_the_wheel_carries_protos_types_and_the_dashboard(wheel: Path) -> None:
     names = set(zipfile.ZipFile(wheel).namelist())
     for interface in ("inference", "models", "fleet"):
         assert f"forebay/{interface}/v1/{interface}.proto" in names
         assert f"forebay/{interface}/v1/{interface}_pb2.pyi" in names
+    for file in ("index.html", "app.js", "charts.js", "style.css", "icon.svg"):
+        assert f"forebay/orchestrator/web/page/{file}" in names
     packages = {name.split("/")[1] for name in names if name.startswith("forebay/")}
     assert {f"forebay/{package}/py.typed" for package in packages} <= names
     assert any(name.endswith("licenses/LICENSE") for name in names)

@@ -27,7 +27,7 @@ if requirements.missing():
 
 from forebay.mlx_service.models.describe import describe
 from forebay.mlx_service.worker.embedding.service import DEFAULT_TOKEN_COUNT, assemble
-from mlx_embed_rig import MODEL, rig
+from mlx_embed_rig import MODEL, learned, rig
 
 pytestmark = pytest.mark.mlx
 
@@ -256,7 +256,9 @@ async def test_the_model_is_listed_with_what_it_can_do(model):
 
 
 async def test_another_model_and_one_that_is_being_loaded_are_refused(model):
-    service, _, texts = assemble(model, describe(model), model_id=MODEL, backend="mlx", token_count=None)
+    service, _, texts = assemble(
+        model, describe(model), identity=learned(model), model_id=MODEL, backend="mlx", token_count=None
+    )
     with pytest.raises(BackendUnavailable, match="is being loaded"):
         await service.embed(Call(request=pb.EmbedRequest(model=MODEL, texts=["a"])))
     texts.close()
@@ -288,7 +290,9 @@ def test_a_model_that_does_not_say_how_long_a_text_may_be_has_a_limit_still(tmp_
     write_stages(path, ["Transformer", "Pooling"], ["lasttoken"])
     config = {"model_type": "llama", "architectures": ["LlamaForCausalLM"]}
     write(path / "config.json", config)
-    service, _, texts = assemble(path, describe(path), model_id=MODEL, backend="mlx", token_count=None)
+    service, _, texts = assemble(
+        path, describe(path), identity=learned(path), model_id=MODEL, backend="mlx", token_count=None
+    )
     texts.close()
     assert service._served.token_count == DEFAULT_TOKEN_COUNT
 

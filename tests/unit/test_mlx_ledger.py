@@ -547,8 +547,8 @@ async def test_the_ledger_is_measured():
         await asyncio.sleep(120)
         assert loaded(s) == set()
     assert seen.counted["forebay.preemptions", "a"] == 5
-    assert seen.counted["forebay.evictions", "a", "room"] == 1
-    assert seen.counted["forebay.evictions", "c", "unused"] == 1
+    assert seen.counted["forebay.model.evictions", "a", "room"] == 1
+    assert seen.counted["forebay.model.evictions", "c", "unused"] == 1
 
 
 @virtual

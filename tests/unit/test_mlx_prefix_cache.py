@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import json
 from collections.abc import AsyncIterator
 from pathlib import Path
 
@@ -11,9 +10,10 @@ import pytest
 
 import tiny_models
 from forebay.kit.failure import InvalidRequest
+from forebay.mlx_service.worker import prefix_cache
 from forebay.mlx_service.worker.engine import Engine, Over, Reading, Row, Written
 from forebay.mlx_service.worker.load import load_weights
-from forebay.mlx_service.worker.prefix_cache import PrefixCache, why_not
+from forebay.mlx_service.worker.prefix_cache import PrefixCache
 from forebay.mlx_service.worker.runtime import KVCache, mx
 from forebay.mlx_service.worker.sampling import SamplingParams
 from mlx_worker_rig import Rig, ask, rig, until
@@ -173,15 +173,22 @@ async def test_a_cache_that_fails_costs_no_reply(tiny: Rig, monkeypatch: pytest.
     await until(lambda: tiny.engine.stats().prefix.nodes == 0)
 
 
-async def test_a_model_with_a_sliding_window_is_left_out_and_serves(tmp_path: Path) -> None:
-    tiny_models.build_random(tmp_path / "m")
-    config = json.loads((tmp_path / "m" / "config.json").read_text())
-    config |= {"layer_types": ["sliding_attention", "full_attention"], "sliding_window": 16}
-    (tmp_path / "m" / "config.json").write_text(json.dumps(config))
-    assert "RotatingKVCache" in (why_not(load_weights(tmp_path / "m")) or "")
-    async with rig(tmp_path / "m", prefixes=PrefixCache(max_bytes=1 << 20, min_tokens=4)) as made:
+async def test_a_model_with_caches_of_an_unknown_kind_is_left_out_and_serves(
+    model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Strange(KVCache):
+        pass
+
+    def strange(_: object) -> list[KVCache]:
+        return [Strange(), KVCache()]
+
+    monkeypatch.setattr(prefix_cache, "make_prompt_cache", strange)
+    assert "Strange" in (prefix_cache.why_not(load_weights(model)) or "")
+    async with rig(model, prefixes=PrefixCache(max_bytes=1 << 20, min_tokens=4)) as made:
         first, _ = await finish(made.engine, row(tokens_of(40)))
         again, cached = await finish(made.engine, row(tokens_of(40)))
+        assert not made.engine.keeps_prefixes
+        assert made.engine.marks == ()
     assert (again, cached) == (first, 0)
 
 

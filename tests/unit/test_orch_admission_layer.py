@@ -291,12 +291,17 @@ async def test_the_capacity_is_the_slots_of_who_takes_calls() -> None:
     configured = endpoint("configured", pb.Model(id="m", slot_count=4), slots=1)
     silent = endpoint("silent", pb.Model(id="o"))
     capacity = Capacity([listed, configured, silent], unknown=100, clock=now)
-    assert (capacity("m"), capacity("n"), capacity("o"), capacity("nobody")) == (5, 2, 100, 100)
+
+    def of(model: str) -> int:
+        return capacity(capacity.pool(model))
+
+    assert (of("m"), of("n"), of("o"), of("nobody")) == (5, 2, 100, 100)
     assert capacity("") == 201
     listed.drain()
-    assert capacity("m") == 5, "answers hold for a moment"
+    assert of("m") == 5, "answers hold for a moment"
     await asyncio.sleep(1)
-    assert (capacity("m"), capacity("n")) == (1, 100)
+    assert (of("m"), of("n")) == (1, 100)
     for number in range(1000):
-        capacity(f"no-model-{number}")
+        of(f"no-model-{number}")
     assert len(capacity._known) <= 256
+    assert len(capacity._pools) <= 256

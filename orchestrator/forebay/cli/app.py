@@ -15,7 +15,9 @@ from forebay.cli.chat import chat, embed
 from forebay.cli.configuration import config
 from forebay.cli.doctor import doctor
 from forebay.cli.explain import explain
+from forebay.cli.mlx import mlx
 from forebay.cli.models import models
+from forebay.cli.reload import reload
 from forebay.cli.status import drain, resume, status
 from forebay.cli.top.program import top
 from forebay.cli.up import up
@@ -34,8 +36,10 @@ app.command()(status)
 app.command()(top)
 app.command()(explain)
 app.add_typer(models, name="models")
+app.add_typer(mlx, name="mlx")
 app.command()(drain)
 app.command()(resume)
+app.command()(reload)
 app.add_typer(config, name="config")
 app.command()(doctor)
 

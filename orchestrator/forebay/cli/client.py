@@ -167,11 +167,33 @@ class Client:
             ).backends
         )
 
-    async def watch(self, handle: Callable[[fleet_pb.Backend], None]) -> None:
-        """Shows every backend to `handle`, then each again when it changes, until it is cancelled."""
+    async def watch(
+        self,
+        handle: Callable[[fleet_pb.Backend], None],
+        on_removed: Callable[[str], None] = lambda name: None,
+    ) -> None:
+        """Shows every backend to `handle`, then each again when it changes, until it is cancelled.
+
+        Args:
+            handle: is shown each backend.
+            on_removed: is told the name of each that the configuration no longer has.
+        """
+
+        def take(event: fleet_pb.WatchBackendsResponse) -> None:
+            if event.removed:
+                on_removed(event.backend.name)
+            else:
+                handle(event.backend)
+
         await self._read(
-            self._fleet.WatchBackends(fleet_pb.WatchBackendsRequest(), metadata=self._metadata),
-            lambda event: handle(event.backend),
+            self._fleet.WatchBackends(fleet_pb.WatchBackendsRequest(), metadata=self._metadata), take
+        )
+
+    async def reload(self, *, validate_only: bool) -> fleet_pb.ReloadConfigurationResponse:
+        """Has the orchestrator read its configuration again."""
+        request = fleet_pb.ReloadConfigurationRequest(validate_only=validate_only)
+        return await self._ask(
+            self._fleet.ReloadConfiguration(request, timeout=CONTROL_TIMEOUT, metadata=self._metadata)
         )
 
     async def activity(

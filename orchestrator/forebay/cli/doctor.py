@@ -67,7 +67,7 @@ class Finding:
     remedy: str = ""
 
 
-_STYLES = {Grade.GOOD: "green", Grade.NOTE: "dim", Grade.WARNING: "yellow", Grade.BROKEN: "bold red"}
+STYLES = {Grade.GOOD: "green", Grade.NOTE: "dim", Grade.WARNING: "yellow", Grade.BROKEN: "bold red"}
 
 
 def look_at_python() -> list[Finding]:
@@ -373,7 +373,7 @@ def _show(findings: list[Finding]) -> None:
     console = render.out()
     width = max(len(finding.subject) for finding in findings)
     for finding in findings:
-        line = Text(f"{finding.grade.value:<8}", style=_STYLES[finding.grade])
+        line = Text(f"{finding.grade.value:<8}", style=STYLES[finding.grade])
         line.append(f"{finding.subject:<{width}}  ", style="bold")
         line.append(render.safe(finding.text), style="default")
         console.print(line, soft_wrap=True)

@@ -189,7 +189,7 @@ async def _watch(address: str, *, as_json: bool) -> None:
                 text = json.dumps(render.as_json(backend), ensure_ascii=False) if as_json else line(backend)
                 print(text, flush=True)
 
-            await client.watch(print_line)
+            await client.watch(print_line, lambda name: print(_removal(name, as_json=as_json), flush=True))
             return
         with Live(table([]), console=console, auto_refresh=False) as live:
 
@@ -197,7 +197,17 @@ async def _watch(address: str, *, as_json: bool) -> None:
                 known[backend.name] = backend
                 live.update(table(known.values()), refresh=True)
 
-            await client.watch(update)
+            def drop(name: str) -> None:
+                known.pop(name, None)
+                live.update(table(known.values()), refresh=True)
+
+            await client.watch(update, drop)
+
+
+def _removal(name: str, *, as_json: bool) -> str:
+    if as_json:
+        return json.dumps({"name": name, "removed": True}, ensure_ascii=False)
+    return f"{render.safe(name)}  removed"
 
 
 BackendArgument = Annotated[str, typer.Argument(help="Name of the backend.", metavar="BACKEND")]

@@ -14,7 +14,7 @@ from forebay.orchestrator.config import OrchestratorSettings
 
 async def serve(settings: OrchestratorSettings, telemetry: Telemetry) -> None:
     """Serves until the process is asked to stop."""
-    orchestrator = Orchestrator(settings, telemetry=telemetry)
+    orchestrator = Orchestrator(settings, telemetry=telemetry, configuration=process.configuration())
     async with (
         orchestrator.fleet,
         # Above the server, so that a drain can be watched.
@@ -32,6 +32,7 @@ async def serve(settings: OrchestratorSettings, telemetry: Telemetry) -> None:
         # Ready whatever the backends are: it can already say which are missing and why, and a health that
         # followed theirs would hide those answers from every client that asks health first.
         await up.set_ready(True)
+        orchestrator.fleet.spawn(orchestrator.reload.run(), "reload")
         await process.until_stopped()
 
 

@@ -219,23 +219,20 @@ class Watch:
     Args:
         activity: the record.
         most_active: requests in progress that a look tells of.
-        most_ended: ended requests that a look tells of.
     """
 
-    def __init__(self, activity: Activity, *, most_active: int, most_ended: int) -> None:
+    def __init__(self, activity: Activity, *, most_active: int) -> None:
         self._activity = activity
         self._most_active = most_active
-        self._most_ended = most_ended
         self._seen = -1  # requests that had ended at the last look
 
     def look(self) -> fleet_pb2.WatchActivityResponse:
         """Returns what is in progress, and what ended since the last look; at first, all that is known."""
         activity = self._activity
         ended = activity.ended
-        most = min(len(ended), self._most_ended)
-        fresh = most if self._seen < 0 else activity.ended_count - self._seen
+        fresh = len(ended) if self._seen < 0 else activity.ended_count - self._seen
         self._seen = activity.ended_count
-        kept = min(fresh, most)
+        kept = min(fresh, len(ended))
         return activity.picture(
             list(ended)[len(ended) - kept :], skipped=fresh - kept, most_active=self._most_active
         )
@@ -355,14 +352,13 @@ class Activity:
 
     # What watchers read.
 
-    def watch(self, *, most_active: int = MOST_ACTIVE, most_ended: int = REMEMBERED) -> Watch:
+    def watch(self, *, most_active: int = MOST_ACTIVE) -> Watch:
         """Returns a reader that begins with all that is remembered.
 
         Args:
             most_active: requests in progress that a look tells of.
-            most_ended: ended requests that a look tells of.
         """
-        return Watch(self, most_active=most_active, most_ended=most_ended)
+        return Watch(self, most_active=most_active)
 
     def picture(
         self, ended: Sequence[_Entry], *, skipped: int, most_active: int

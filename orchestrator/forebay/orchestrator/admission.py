@@ -9,7 +9,7 @@ Ageing is a share and not a promotion: under a lasting overload everything in
 the queue grows old, and promoted work would crowd out the urgent calls that
 the order is there for.
 
-A call belongs to a pool, its model. A pool has no more calls running than its
+A call belongs to a pool: the models that may serve it. A pool has no more calls running than its
 backends have slots, so calls for a busy model do not take the permits of a
 backend that is idle.
 """
@@ -74,7 +74,7 @@ class Ticket:
     caller: str
     """Who asks."""
     pool: str
-    """What it needs: its model."""
+    """What it needs: the models that may serve it."""
     cost: float
     """Tokens it is expected to take."""
     size: int
@@ -166,6 +166,11 @@ class Admission:
         """Calls that wait now."""
         return len(self._waiting)
 
+    def change(self, *, queue: int, queue_bytes: int, ageing: float) -> None:
+        """Goes by other bounds from now on. Who waits, goes on waiting."""
+        self._queue, self._queue_bytes, self._ageing = queue, queue_bytes, ageing
+        self._plan = None
+
     @property
     def permits(self) -> int:
         """Most calls that run at once."""
@@ -203,7 +208,7 @@ class Admission:
         Args:
             urgency: how urgent it is.
             caller: who asks.
-            pool: its model.
+            pool: what it needs: the models that may serve it.
             cost: tokens it is expected to take.
             size: bytes that it keeps in memory while it waits.
             remaining: seconds until its deadline; None is never.

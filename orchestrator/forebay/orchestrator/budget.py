@@ -34,6 +34,10 @@ class RetryBudget:
         self._free = per_second
         self._seen = clock()
 
+    def change(self, *, ratio: float, per_second: float) -> None:
+        """Goes by other shares from now on. What was saved up stays."""
+        self._ratio, self._per_second = ratio, per_second
+
     def deposit(self) -> None:
         """Notes that a call came."""
         self._earned = min(_EARNED_MOST, self._earned + self._ratio)

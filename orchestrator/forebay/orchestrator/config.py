@@ -367,6 +367,73 @@ class ProbeSettings(Settings):
     reconnect_max: Duration = Field(default=timedelta(seconds=2), description="Longest such wait.")
 
 
+class PlacedModel(Settings):
+    """A model that is to be in memory."""
+
+    model: str = Field(description="The model, by any of its names.")
+    backend: Name | None = Field(
+        default=None, description="Backend to load it on. Unset is the first that has it."
+    )
+    pinned: bool = Field(default=False, description="Whether it never leaves memory for another model.")
+
+
+class PlacementSettings(Settings):
+    """How models of all backends share the memory."""
+
+    enabled: bool = Field(
+        default=True,
+        description="Whether the orchestrator loads models, and unloads idle ones that are in the way. Off, "
+        "each framework does as it likes.",
+    )
+    memory: ByteSize = Field(
+        default=0,
+        description="Bytes that models may take on this machine, over all frameworks. 0 is `share` of its "
+        "memory; where a graphics card has memory of its own it is no limit.",
+    )
+    share: Fraction = Field(
+        default=0.75,
+        description="Share of a host's memory that models may take. Apple's own limit for its graphics is "
+        "about as much.",
+    )
+    wait: Duration = Field(
+        default=timedelta(seconds=30),
+        description="How long a call waits for room that models in use take, before it is refused or tried "
+        "elsewhere.",
+    )
+    load_timeout: Duration = Field(
+        default=timedelta(minutes=10), description="How long a backend may take to load a model."
+    )
+    models: tuple[PlacedModel, ...] = Field(
+        default=(),
+        description="Models that are loaded at the start, and again when their backend returns, each in a "
+        "table [[orchestrator.placement.models]].",
+    )
+
+
+class ReloadSettings(Settings):
+    """How changes of the configuration file take effect without a restart."""
+
+    watch: bool = Field(
+        default=True,
+        description="Whether the file is looked at for changes. SIGHUP and `forebay reload` work either way.",
+    )
+    interval: Duration = Field(
+        default=timedelta(seconds=1),
+        description="Time between two looks. A file is read when it has not changed for that long, so that "
+        "one that is half written is left alone.",
+    )
+    grace: Duration = Field(
+        default=timedelta(minutes=5),
+        description="How long calls on a backend that was removed may go on.",
+    )
+
+    @model_validator(mode="after")
+    def _check_interval(self) -> ReloadSettings:
+        if self.interval <= timedelta(0):
+            raise ValueError("interval must be longer than 0")
+        return self
+
+
 class OrchestratorSettings(ServerSettings):
     """The orchestrator."""
 
@@ -433,6 +500,12 @@ class OrchestratorSettings(ServerSettings):
         default_factory=PerformanceSettings, description="How the speed of backends is remembered."
     )
     probe: ProbeSettings = Field(default_factory=ProbeSettings, description="How backends are watched.")
+    placement: PlacementSettings = Field(
+        default_factory=PlacementSettings, description="How models share the memory."
+    )
+    reload: ReloadSettings = Field(
+        default_factory=ReloadSettings, description="How changes of the file take effect."
+    )
     web_address: Address | None = Field(
         default=None,
         description="Address of the dashboard, such as `127.0.0.1:50350`: a page that shows backends, queue "
@@ -483,6 +556,11 @@ class OrchestratorSettings(ServerSettings):
             if unknown:
                 raise ValueError(
                     f"aliases.{alias}: there is no backend {unknown[0]}; there are {', '.join(names)}"
+                )
+        for placed in self.placement.models:
+            if placed.backend is not None and placed.backend not in names:
+                raise ValueError(
+                    f"placement.models: there is no backend {placed.backend}; there are {', '.join(names)}"
                 )
         if self.default_deadline > self.max_deadline:
             raise ValueError("default_deadline must not be longer than max_deadline")

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import TypeVar, cast
+from collections.abc import Awaitable, Callable, Sequence
+from typing import TypeAlias, TypeVar, cast
 
 from forebay.inference.v1 import inference_pb2 as pb
 from forebay.kit.engine import SendLoad, SendPull
@@ -13,6 +13,11 @@ from forebay.models.v1 import models_pb2 as models_pb
 from forebay.orchestrator.fleet.endpoint import Endpoint
 from forebay.orchestrator.fleet.fleet import Fleet
 from forebay.orchestrator.fleet.management import Management
+from forebay.orchestrator.placement.host import LOCAL
+from forebay.orchestrator.placement.room import ROOMY, estimate
+
+Load: TypeAlias = Callable[[Endpoint, models_pb.LoadModelRequest, SendLoad], Awaitable[None]]
+"""Loads a model on a backend, in the backend's spelling."""
 
 R = TypeVar("R", pb.GenerateRequest, pb.EmbedRequest, pb.CountTokensRequest)
 A = TypeVar("A", pb.EmbedResponse, pb.CountTokensResponse)
@@ -31,6 +36,10 @@ class Engine:
         self._fleet = fleet
         self._service = service
         self._default_model = default_model
+
+    def change(self, *, service: Service, default_model: str) -> None:
+        """Sends the calls that come from now on down another stack."""
+        self._service, self._default_model = service, default_model
 
     async def generate(self, call: Call[pb.GenerateRequest], send: Send) -> None:
         """Sends a reply of the backend that suits best."""
@@ -53,6 +62,11 @@ class Engine:
                 answer.unreachable.append(endpoint.name)
             elif endpoint.is_listed:
                 answer.models.extend(endpoint.models)
+        memories = [memory for name in names if (memory := self._fleet[name].memory()) is not None]
+        if len({memory.host for memory in memories}) == 1:
+            answer.memory.CopyFrom(memories[0])
+            if answer.memory.host == LOCAL:
+                answer.memory.ClearField("host")  # whoever is elsewhere knows better what to call it
         return answer
 
     async def _ask(self, call: Call[R], kind: type[A]) -> A:
@@ -87,9 +101,11 @@ class Models:
     Args:
         fleet: the backends.
         management: forwards to one of them.
+        load: loads a model on one of them, where there is room for it.
     """
 
-    def __init__(self, *, fleet: Fleet, management: Callable[[str], Management]) -> None:
+    def __init__(self, *, fleet: Fleet, management: Callable[[str], Management], load: Load) -> None:
+        self._load = load
         self._fleet = fleet
         self._management = management
 
@@ -101,9 +117,9 @@ class Models:
         return answer
 
     async def load_model(self, request: models_pb.LoadModelRequest, send: SendLoad) -> None:
-        """Loads the model on a backend that has it: one where it is loaded, else the least busy one."""
+        """Loads the model on a backend that has it: where it is loaded, has room, or is least in the way."""
         holders = self._holders(request.model, request.backend)
-        endpoint = min(holders, key=lambda holder: (not _is_loaded(holder, request.model), holder.active))
+        endpoint = min(holders, key=lambda holder: _reluctance(holder, request.model))
         copy = models_pb.LoadModelRequest()
         copy.CopyFrom(request)
         copy.model = _spelling(endpoint, request.model)
@@ -114,7 +130,7 @@ class Models:
                 event.loaded.model.backend = endpoint.name
             await send(event)
 
-        await self._management(endpoint.name).load(copy, name)
+        await self._load(endpoint, copy, name)
 
     async def pull_model(self, request: models_pb.PullModelRequest, send: SendPull) -> None:
         """Fetches a model to the backend that is named, or to the only one there is."""
@@ -193,9 +209,12 @@ def _spelling(endpoint: Endpoint, model: str) -> str:
     return model if found is None else found.id
 
 
-def _is_loaded(endpoint: Endpoint, model: str) -> bool:
+def _reluctance(endpoint: Endpoint, model: str) -> tuple[bool, bool, bool, int]:
+    """Returns how little a backend suits for a load, the weightiest reason first."""
     found = endpoint.find(model)
-    return found is not None and found.state == pb.Model.STATE_ACTIVE
+    is_loaded = found is not None and found.state == pb.Model.STATE_ACTIVE
+    need, room = (estimate(found), endpoint.room(found.id)) if found is not None else (0, ROOMY)
+    return not is_loaded, need > room.free, need > room.free + room.evictable, endpoint.active
 
 
 def _may_be_loaded(endpoint: Endpoint, model: str) -> bool:

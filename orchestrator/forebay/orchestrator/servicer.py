@@ -10,11 +10,12 @@ import grpc
 import grpc.aio
 
 from forebay.fleet.v1 import fleet_pb2, fleet_pb2_grpc
-from forebay.kit.failure import CallerLeft, InvalidRequest
+from forebay.kit.failure import CallerLeft, CapabilityUnsupported, InvalidRequest
 from forebay.kit.pipeline import Request
 from forebay.kit.rpc import Edge, caller, write
 from forebay.orchestrator.activity import Activity
 from forebay.orchestrator.fleet.fleet import Fleet
+from forebay.orchestrator.reload import Reload
 from forebay.orchestrator.routing.router import Candidate, Router
 
 FLEET_SERVICE = "forebay.fleet.v1.FleetService"
@@ -39,15 +40,24 @@ class FleetServicer(fleet_pb2_grpc.FleetServiceServicer):
         default_model: model of requests that name none.
         edge: what is around every call.
         activity: the record of requests.
+        reload: reads the configuration again. None has none.
     """
 
     def __init__(
-        self, *, fleet: Fleet, router: Router, default_model: str, edge: Edge, activity: Activity
+        self,
+        *,
+        fleet: Fleet,
+        router: Router,
+        default_model: str,
+        edge: Edge,
+        activity: Activity,
+        reload: Reload | None = None,
     ) -> None:
         self._fleet = fleet
         self._router = router
-        self._default_model = default_model
+        self.default_model = default_model
         self._edge = edge
+        self._reload = reload
         self._activity = activity
 
     async def ListBackends(
@@ -65,9 +75,25 @@ class FleetServicer(fleet_pb2_grpc.FleetServiceServicer):
         with contextlib.suppress(CallerLeft), self._fleet.feed.watch(self._fleet.names) as watcher:
             while True:
                 for name in await watcher.next():
-                    backend = self._fleet[name].to_proto()
-                    await write(context, fleet_pb2.WatchBackendsResponse(backend=backend))
+                    await write(context, self._news(name))
                 await asyncio.sleep(WATCH_PAUSE)
+
+    def _news(self, name: str) -> fleet_pb2.WatchBackendsResponse:
+        if name in self._fleet:
+            return fleet_pb2.WatchBackendsResponse(backend=self._fleet[name].to_proto())
+        return fleet_pb2.WatchBackendsResponse(backend=fleet_pb2.Backend(name=name), removed=True)
+
+    async def ReloadConfiguration(
+        self, request: fleet_pb2.ReloadConfigurationRequest, context: Context
+    ) -> fleet_pb2.ReloadConfigurationResponse:
+        """Reads the configuration again."""
+        async with self._edge.serve(context, f"{FLEET_SERVICE}/ReloadConfiguration"):
+            if self._reload is None:
+                raise CapabilityUnsupported("this orchestrator has no configuration to read again")
+            report = self._reload.serve(validate_only=request.validate_only)
+            return fleet_pb2.ReloadConfigurationResponse(
+                changes=report.changes, restart_required=report.restart_required
+            )
 
     async def DrainBackend(
         self, request: fleet_pb2.DrainBackendRequest, context: Context
@@ -116,7 +142,7 @@ class FleetServicer(fleet_pb2_grpc.FleetServiceServicer):
                 violations=[("request", "give the request to explain")],
             )
         asked: Request = request.request if kind == "request" else request.embed_request
-        models = dict.fromkeys((asked.model or self._default_model, *asked.routing.fallback_models))
+        models = dict.fromkeys((asked.model or self.default_model, *asked.routing.fallback_models))
         answer = fleet_pb2.ExplainRouteResponse()
         refused: list[Candidate] = []
         for model in models:

@@ -7,6 +7,7 @@ a call after everything above it, and its events and failures before.
 from __future__ import annotations
 
 import random
+import sys
 from collections.abc import Callable
 from datetime import timedelta
 
@@ -31,14 +32,18 @@ from forebay.orchestrator.layers.fallback import Fallback
 from forebay.orchestrator.layers.gather import Gather
 from forebay.orchestrator.layers.guard import Guard
 from forebay.orchestrator.layers.hedge import FirstDeltas, Hedge
+from forebay.orchestrator.layers.place import Held, Place
 from forebay.orchestrator.layers.remember import Remember
 from forebay.orchestrator.layers.route import Fleet, Route
 from forebay.orchestrator.layers.span import Span
-from forebay.orchestrator.layers.verify import Verify
+from forebay.orchestrator.layers.verify import Judge, Verify
 from forebay.orchestrator.replies import Store
 from forebay.orchestrator.routing.affinity import Affinity
 from forebay.orchestrator.routing.router import Router
 from forebay.orchestrator.tally import Tally
+
+UNLIMITED = sys.maxsize
+"""Slots of a limit that was taken away while calls waited in it."""
 
 
 def request_stack(
@@ -49,6 +54,8 @@ def request_stack(
     budget: RetryBudget,
     source: random.Random,
     admission: Admission,
+    pool: Callable[[str], str] = lambda model: model,
+    judge: Judge | None = None,
     store: Store | None = None,
     spawn: Spawn | None = None,
     weights: Callable[[str], str] = lambda model: "",
@@ -66,6 +73,8 @@ def request_stack(
         budget: retries that all calls share.
         source: where jitter comes from.
         admission: the queue before all backends.
+        pool: returns the pool of permits that calls for a model share.
+        judge: told how replies kept what their backends had promised. None tells nobody.
         store: where answers are kept; None keeps none.
         spawn: starts tasks that no call owns; None shares no replies.
         weights: returns what is known of the weights behind a model's name.
@@ -132,9 +141,9 @@ def request_stack(
         ),
         *caching,
         # Above Fallback, so that a call keeps its place over its attempts.
-        lambda inner: Admit(inner, admission=admission, on_admitted=tally.admitted),
+        lambda inner: Admit(inner, admission=admission, pool=pool, on_admitted=tally.admitted),
         # Above Continue, so that it sees the reply as the caller does, spliced or not.
-        Verify,
+        lambda inner: Verify(inner, judge=judge),
         # Above Fallback, so that whoever goes on with a broken reply is found as anyone is, with attempts and
         # a commit gate of its own: until the next part's first delta nothing tells the caller that there is
         # one. Below whatever holds a place for the call, which keeps it over the splice.
@@ -160,7 +169,14 @@ def request_stack(
     )
 
 
-def endpoint_stack(endpoint: Endpoint, *, channel: Service, clock: Clock, telemetry: Telemetry) -> Service:
+def endpoint_stack(
+    endpoint: Endpoint,
+    *,
+    channel: Service,
+    clock: Clock,
+    telemetry: Telemetry,
+    held: Held | None = None,
+) -> Service:
     """Returns the stack of one backend, which every attempt on it goes down.
 
     Args:
@@ -168,9 +184,15 @@ def endpoint_stack(endpoint: Endpoint, *, channel: Service, clock: Clock, teleme
         channel: the call to its process.
         clock: gives the time in seconds.
         telemetry: of this process.
+        held: keeps a model in memory. None leaves that to the backend.
     """
     settings = endpoint.settings
-    layers: list[Layer] = [
+    layers: list[Layer] = []
+    if held is not None:
+        # Above Guard, so that a load, however slow or unlucky, moves no breaker and is no latency; above
+        # Limit, so that a call that waits for its model takes no slot from one that does not.
+        layers.append(lambda inner: Place(inner, held=held))
+    layers += [
         # Above Watchdog, so that a stall counts as a failure; above Limit, so that a call that is refused
         # here never took a slot.
         lambda inner: Guard(inner, breakers=endpoint.breakers, on_change=endpoint.update),
@@ -179,6 +201,10 @@ def endpoint_stack(endpoint: Endpoint, *, channel: Service, clock: Clock, teleme
         # Above Measure: waiting for a slot of ours is not the backend's latency. Above Watchdog for the same
         # reason: a call in our queue is not silent.
         layers.append(lambda inner: _limit(endpoint, inner))
+    elif endpoint.limit is not None:
+        # There were slots before. Who waits for one goes at once.
+        endpoint.limit.resize(slots=UNLIMITED, queue=0)
+        endpoint.limit = None
     layers += [
         # Above Watchdog, so that a stall shows on its attempt; below Limit, so that the span is the backend's
         # time and not the time in our queue. Which of Span and Measure is above the other does not matter.
@@ -197,6 +223,9 @@ def endpoint_stack(endpoint: Endpoint, *, channel: Service, clock: Clock, teleme
 
 def _limit(endpoint: Endpoint, inner: Service) -> Limit:
     settings = endpoint.settings
+    if endpoint.limit is not None:  # the stack is built anew, and calls run and wait in the one before
+        endpoint.limit.resize(slots=settings.slots, queue=settings.queue, inner=inner)
+        return endpoint.limit
     # The endpoint shows how many calls wait.
     endpoint.limit = Limit(inner, slots=settings.slots, queue=settings.queue, name=f"backend {settings.name}")
     return endpoint.limit

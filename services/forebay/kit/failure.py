@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from datetime import timedelta
 from enum import Enum
 from typing import ClassVar
@@ -17,6 +18,8 @@ import grpc
 from google.protobuf import any_pb2
 from google.rpc import code_pb2, error_details_pb2, status_pb2
 from grpc_status import rpc_status
+
+from forebay.inference.v1 import inference_pb2 as pb
 
 DOMAIN = "forebay"
 """`ErrorInfo.domain` of every failure (AIP-193)."""
@@ -31,6 +34,9 @@ METADATA_VALUE_BYTES = 256
 DETAIL_ENTRIES = 8
 """Most metadata entries and field violations in a status, for the same reason."""
 
+_ATTEMPTS, _ATTEMPT_BYTES = 6, 48
+"""Most attempts in a status, and most bytes of each name in one, for the same reason."""
+
 _UNPRINTABLE = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 
 
@@ -40,6 +46,18 @@ class Fault(Enum):
     CALLER = "caller"
     BACKEND = "backend"
     HERE = "here"
+
+
+@dataclass(frozen=True, slots=True)
+class Attempt:
+    """An attempt of a call that failed."""
+
+    backend: str
+    """Where it was made."""
+    reason: str
+    """Reason of its failure."""
+    model: str = ""
+    """The model that was asked for."""
 
 
 class Failure(Exception):
@@ -70,6 +88,8 @@ class Failure(Exception):
         self.metadata = dict(metadata or {})
         self.retry_after = retry_after
         self.violations = tuple(violations)
+        self.attempts: tuple[Attempt, ...] = ()
+        """What was tried before the call was given up, in that order. Empty if that is not known."""
 
     def __repr__(self) -> str:
         return f"<{self.reason} {self.message!r}>"
@@ -94,6 +114,15 @@ class Failure(Exception):
                     description=_fit(text, METADATA_VALUE_BYTES // 2),
                 )
             _attach(status, bad)
+        if self.attempts:
+            tried = pb.FailedAttempts()
+            for attempt in self.attempts[:_ATTEMPTS]:
+                tried.attempts.add(
+                    backend=_fit(attempt.backend, _ATTEMPT_BYTES),
+                    reason=_fit(attempt.reason, _ATTEMPT_BYTES),
+                    model=_fit(attempt.model, _ATTEMPT_BYTES),
+                )
+            _attach(status, tried)
         if self.retry_after is not None:
             retry = error_details_pb2.RetryInfo()
             retry.retry_delay.FromTimedelta(self.retry_after)
@@ -398,23 +427,28 @@ def from_status(status: status_pb2.Status) -> Failure | None:
     info = error_details_pb2.ErrorInfo()
     bad = error_details_pb2.BadRequest()
     retry = error_details_pb2.RetryInfo()
+    tried = pb.FailedAttempts()
     retry_after: timedelta | None = None
     for detail in status.details:
         if detail.Is(info.DESCRIPTOR):
             detail.Unpack(info)
         elif detail.Is(bad.DESCRIPTOR):
             detail.Unpack(bad)
+        elif detail.Is(tried.DESCRIPTOR):
+            detail.Unpack(tried)
         elif detail.Is(retry.DESCRIPTOR):
             detail.Unpack(retry)
             retry_after = retry.retry_delay.ToTimedelta()
     if info.domain != DOMAIN:
         return None
-    return _BY_REASON.get(info.reason, BackendError)(
+    failure = _BY_REASON.get(info.reason, BackendError)(
         status.message,
         metadata=dict(info.metadata),
         retry_after=retry_after,
         violations=[(v.field, v.description) for v in bad.field_violations],
     )
+    failure.attempts = tuple(Attempt(each.backend, each.reason, each.model) for each in tried.attempts)
+    return failure
 
 
 def printable(text: str) -> str:
@@ -431,7 +465,10 @@ def _fit(text: str, limit: int) -> str:
 
 def _attach(
     status: status_pb2.Status,
-    detail: error_details_pb2.ErrorInfo | error_details_pb2.BadRequest | error_details_pb2.RetryInfo,
+    detail: error_details_pb2.ErrorInfo
+    | error_details_pb2.BadRequest
+    | error_details_pb2.RetryInfo
+    | pb.FailedAttempts,
 ) -> None:
     packed = any_pb2.Any()
     packed.Pack(detail)

@@ -127,6 +127,7 @@ class Watched:
         ):
             self._last_delta = self._clock() - self.began
             self._token_count += event.delta.token_count
+            self.delta_count += 1
         else:
             self.note(event)
         return self._send(event)

@@ -53,6 +53,7 @@ _PROVIDER = "gen_ai.provider.name"
 _ERROR = "error.type"
 _KIND = "gen_ai.token.type"
 _BACKEND = "forebay.backend"
+_HOST = "forebay.host"
 _METHOD = "rpc.method"
 _STATUS = "rpc.response.status_code"
 _MEMORY = "forebay.memory"
@@ -224,6 +225,26 @@ WAITING = Metric(
     name="forebay.admission.waiting", kind="gauge", unit="1",
     meaning="Calls that wait in the orchestrator's own queue, before any backend was chosen.",
 )  # fmt: skip
+HOST_LIMIT = Metric(
+    name="forebay.host.memory.limit", kind="gauge", unit="By", labels=(_HOST,),
+    meaning="Memory that models of all backends may take on a host. 0 is no limit.",
+)  # fmt: skip
+HOST_USED = Metric(
+    name="forebay.host.memory.used", kind="gauge", unit="By", labels=(_HOST,),
+    meaning="Memory that models take on a host, by the orchestrator's account.",
+)  # fmt: skip
+HOST_RESERVED = Metric(
+    name="forebay.host.memory.reserved", kind="gauge", unit="By", labels=(_HOST,),
+    meaning="Memory that is set aside for loads in progress.",
+)  # fmt: skip
+HOST_LOADS = Metric(
+    name="forebay.host.loads", kind="gauge", unit="1", labels=(_HOST, "forebay.state"),
+    meaning="Loads that the orchestrator ordered on a host: `active`, or `waiting` for room.",
+)  # fmt: skip
+EVICTIONS = Metric(
+    name="forebay.evictions", kind="counter", unit="1", labels=(_BACKEND,),
+    meaning="Idle models that the orchestrator unloaded to make room for another.",
+)  # fmt: skip
 RESTARTS = Metric(
     name="forebay.worker.restarts", kind="counter", unit="1", labels=(_MODEL,),
     meaning="Workers of mlx-service that were lost and had to be started again.",
@@ -249,9 +270,14 @@ PREEMPTIONS = Metric(
     name="forebay.preemptions", kind="counter", unit="1", labels=(_MODEL,),
     meaning="Replies that a worker set aside for want of memory and went on with later.",
 )  # fmt: skip
-EVICTIONS = Metric(
-    name="forebay.evictions", kind="counter", unit="1", labels=(_MODEL, "forebay.reason"),
-    meaning="Models that left memory by themselves: to make `room` for another, or `unused` for too long.",
+MODEL_EVICTIONS = Metric(
+    name="forebay.model.evictions", kind="counter", unit="1", labels=(_MODEL, "forebay.reason"),
+    meaning="Models that left mlx-service by themselves: to make `room`, or `unused` for too long.",
+)  # fmt: skip
+PREFIXES = Metric(
+    name="forebay.worker.prefixes", kind="gauge", unit="By", labels=(_MODEL, "forebay.tier"),
+    meaning="What a worker keeps of prompts for those that begin the same, in `memory` and on `disk`. "
+    "Pushed over OTLP only.",
 )  # fmt: skip
 MEMORY = Metric(
     name="forebay.worker.memory", kind="gauge", unit="By", labels=(_MODEL,),

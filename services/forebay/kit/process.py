@@ -15,13 +15,13 @@ import os
 import signal
 import sys
 import traceback
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextvars import ContextVar
 from pathlib import Path
 from typing import TypeVar, cast
 
 from forebay.kit import logs, telemetry
-from forebay.kit.config import ConfigError, ServerSettings, load
+from forebay.kit.config import ConfigError, ServerSettings, Settings, find_file, load
 from forebay.kit.logs import LogSettings
 from forebay.kit.server import StartError
 from forebay.kit.telemetry import Telemetry, TelemetrySettings
@@ -34,6 +34,39 @@ STDIN_VARIABLE = "FOREBAY_EXIT_ON_STDIN_EOF"
 """If set to 1, the end of standard input stops the process. A supervisor holds the other end of the pipe, so
 that its death, however sudden, leaves no orphan on any system."""
 
+
+class Configuration:
+    """The configuration that this process was started with, to be read again while it runs.
+
+    Args:
+        sections: the type of each section that is wanted, by name.
+        path: the file that was named; None looks for one.
+    """
+
+    def __init__(self, sections: Mapping[str, type[Settings]], path: Path | None) -> None:
+        self._sections = dict(sections)
+        # The folder is that of the start, whatever becomes of the working directory.
+        self._path = path.absolute() if path is not None else None
+        self.first: dict[str, Settings] = {}
+        """What was read first, and is in effect where nobody applied anything since."""
+
+    @property
+    def path(self) -> Path | None:
+        """The file that would be read now; None if there is none."""
+        return self._path or find_file()
+
+    def read(self) -> dict[str, Settings]:
+        """Reads and checks everything again, as at the start.
+
+        Raises:
+            ConfigError: with every mistake.
+        """
+        sections = load(self._sections, path=self._path)
+        self.first = self.first or sections
+        return sections
+
+
+_CONFIGURATION: ContextVar[Configuration | None] = ContextVar("configuration", default=None)
 _STOPPED: ContextVar[asyncio.Event] = ContextVar("stopped")
 
 SettingsT = TypeVar("SettingsT", bound=ServerSettings)
@@ -56,15 +89,16 @@ def main(
     arguments = _parse(service, argv)
     if arguments.address:
         os.environ[f"FOREBAY_{service.upper()}__ADDRESS"] = arguments.address
+    configuration = Configuration(
+        {service: settings_type, "log": LogSettings, "telemetry": TelemetrySettings}, arguments.config
+    )
     try:
-        sections = load(
-            {service: settings_type, "log": LogSettings, "telemetry": TelemetrySettings},
-            path=arguments.config,
-        )
+        sections = configuration.read()
     except ConfigError as error:
         for line in error.lines:
             print(line, file=sys.stderr)  # noqa: T201 - there is no log yet, and people read this
         return EX_USAGE
+    _CONFIGURATION.set(configuration)
     logs.setup(cast("LogSettings", sections["log"]), service=service)
     settings = cast("SettingsT", sections[service])
     try:
@@ -114,6 +148,11 @@ async def _serve(served: Awaitable[None]) -> None:
 def announce(service: str, address: str) -> None:
     """Says on standard output that the service listens, for supervisors and tests that wait for it."""
     print(f"forebay {service} listening on {address}", flush=True)  # noqa: T201 - the line is an interface
+
+
+def configuration() -> Configuration | None:
+    """Returns the configuration that `main` was started with; None outside of it."""
+    return _CONFIGURATION.get()
 
 
 async def until_stopped() -> None:

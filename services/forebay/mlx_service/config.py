@@ -12,6 +12,10 @@ from forebay.kit.config import Address, ByteSize, Duration, ServerSettings
 from forebay.mlx_service import blas
 from forebay.mlx_service.default_model import DEFAULT_MODEL
 from forebay.mlx_service.fetch import default_cache_dir
+from forebay.mlx_service.shards import ShardSettings
+
+DIGESTS = "digests"
+"""Folder within `cache_dir` in which the digests of weights are remembered."""
 
 
 class MlxSettings(ServerSettings):
@@ -28,6 +32,14 @@ class MlxSettings(ServerSettings):
         description="Whether models in the Hugging Face cache are served too, and models of the hub are "
         "fetched into it. Otherwise they are kept apart, in `cache_dir`.",
     )
+    ollama_models: bool = Field(
+        True,
+        description="Whether GGUF models that Ollama has fetched are served too, under their names there. "
+        "Nothing of Ollama's is changed.",
+    )
+    ollama_folder: Path | None = Field(
+        None, description="Ollama's models folder. Default: OLLAMA_MODELS, else ~/.ollama/models."
+    )
     cache_dir: Path = Field(
         default_factory=default_cache_dir,
         description="Folder for fetched and converted models. Default: the user's cache folder; "
@@ -35,6 +47,11 @@ class MlxSettings(ServerSettings):
     )
     aliases: dict[str, str] = Field(
         {}, description="Other names for models: name = identifier. A name may be another model's."
+    )
+    shards: dict[str, ShardSettings] = Field(
+        {},
+        description="Models that several machines share, by identifier. Experimental. No prefixes are kept "
+        "of them.",
     )
     default_model: str = Field(
         DEFAULT_MODEL.id, description="Model that `preload` starts with. Empty has none."
@@ -45,6 +62,11 @@ class MlxSettings(ServerSettings):
         "84 MB, once) when they are asked for and are not there.",
     )
 
+    smg_model: str | None = Field(
+        None,
+        description="Model behind the interface mlx.grpc.engine.MlxEngine, which knows no names. Default: "
+        "the default model. Empty leaves the interface out. It is there where smg-grpc-proto is installed.",
+    )
     preload: tuple[str, ...] | None = Field(
         None, description="Models to load at start. Default: the default model. An empty list loads none."
     )
@@ -57,11 +79,24 @@ class MlxSettings(ServerSettings):
     keep_alive: Duration = Field(
         timedelta(0), description="A model unused for this long leaves memory. 0 keeps it."
     )
-    max_rows: int = Field(
-        8,
+    max_rows: int | None = Field(
+        None,
         ge=1,
         le=64,
-        description="Most replies one model generates at once. Beyond 8 they slow each other down.",
+        description="Most replies one model generates at once. Default: what was measured here, else by the "
+        "machine: 8, or 4 on a small Mac. `forebay mlx doctor` shows it.",
+    )
+    prefill_chunk_token_count: int | None = Field(
+        None,
+        ge=16,
+        le=4096,
+        description="Most tokens of a prompt read in one step. A model for which such a step takes more than "
+        "half a second reads fewer. Default: as for `max_rows`.",
+    )
+    profile_file: Path | None = Field(
+        None,
+        description="File that `forebay mlx bench --write` writes and the service reads. Default: "
+        "mlx-profile.json in `cache_dir`.",
     )
     context_token_count: int | None = Field(
         None,
@@ -77,13 +112,45 @@ class MlxSettings(ServerSettings):
         description="Memory in which each model keeps what it has read, for prompts that begin the same. "
         "0 keeps nothing. Where callers must prove who they are, nobody's prompt serves another caller.",
     )
+    prefix_disk_bytes: ByteSize = Field(
+        0,
+        ge=0,
+        description="Disk space, for all models together, in which what leaves the prefix cache is kept and "
+        "outlives restarts. The files hold what callers said, and only this user may read them. 0 is none.",
+    )
+    prefix_disk_folder: Path | None = Field(
+        None, description="Folder for that. Default: `prefixes` in `cache_dir`."
+    )
+    prefix_disk_write: Literal["evicted", "finished"] = Field(
+        "evicted",
+        description="When it is written: `evicted` writes what leaves memory, what is pinned, and all when a "
+        "model is unloaded; `finished` writes each reply's state at once, which survives crashes and wears "
+        "the disk more.",
+    )
     memory_ceiling: ByteSize | None = Field(
         None,
         ge=1,
         description="Memory that all models together may take: weights, requests, and their processes. Idle "
         "models leave before another is loaded, and what could still exceed it is refused with figures. "
-        "Default: the machine's memory but 35 %, of that at least 2 GiB and at most 12 GiB, and no more than "
-        "95 % of what Metal recommends.",
+        "Default: the machine's memory but `memory_reserve`, and no more than 95 % of what Metal recommends.",
+    )
+    memory_reserve: ByteSize | None = Field(
+        None,
+        ge=0,
+        description="Memory that is left to everything else. Default: 35 % of the machine's, at least 2 GiB "
+        "and at most 12 GiB.",
+    )
+    cache_limit: ByteSize | None = Field(
+        None,
+        ge=0,
+        description="Freed memory that MLX keeps for its next step, in each worker. Default: 5 % of the "
+        "machine's memory, at least 512 MiB and at most 4 GiB.",
+    )
+    wired_limit: ByteSize | None = Field(
+        None,
+        ge=0,
+        description="Memory of each worker that macOS may not page out. Default: 0, which leaves it alone: "
+        "wired memory and several requests at once have panicked macOS kernels. Does nothing without Metal.",
     )
 
     cpu_blas: str = Field(
@@ -146,6 +213,11 @@ class MlxSettings(ServerSettings):
         if self.restart_backoff_min > self.restart_backoff_max:
             raise ValueError("restart_backoff_min is longer than restart_backoff_max")
         return self
+
+    @property
+    def smg(self) -> str:
+        """Model behind mlx.grpc.engine.MlxEngine; empty is none."""
+        return self.default_model if self.smg_model is None else self.smg_model
 
     @property
     def worker_environment(self) -> dict[str, str]:

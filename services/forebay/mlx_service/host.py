@@ -34,14 +34,20 @@ _FOOTPRINT = 9
 come user time, system time, two counts of wake-ups, page-ins, wired size and resident size, then this."""
 
 
-def default_ceiling(total: int, metal: int | None = None) -> int:
+def usual_reserve(total: int) -> int:
+    """Returns the bytes of a machine's memory that are left to everything but models."""
+    return min(max(int(total * RESERVED_SHARE), RESERVED_LEAST), RESERVED_MOST)
+
+
+def default_ceiling(total: int, metal: int | None = None, *, reserve: int | None = None) -> int:
     """Returns how much memory models and their requests may take on a machine.
 
     Args:
         total: bytes of memory that it has.
         metal: bytes that Metal recommends to use at most.
+        reserve: bytes that are left to everything else; None is what is usual.
     """
-    reserved = min(max(int(total * RESERVED_SHARE), RESERVED_LEAST), RESERVED_MOST)
+    reserved = usual_reserve(total) if reserve is None else reserve
     ceiling = max(total - reserved, total // 4)
     return ceiling if metal is None else min(ceiling, int(metal * METAL_SHARE))
 

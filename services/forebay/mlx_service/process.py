@@ -73,6 +73,10 @@ class Worker(Protocol):
     def exit_code(self) -> int | None:
         """How it ended; negative is the signal. None while it runs."""
 
+    @property
+    def channel(self) -> grpc.aio.Channel:
+        """Leads to it."""
+
     def tail(self) -> tuple[str, ...]:
         """Returns what it said last on stderr."""
 
@@ -115,7 +119,7 @@ class WorkerProcess:
             health_pb2.HealthCheckRequest, health_pb2.HealthCheckResponse
         ] = health_pb2_grpc.HealthStub(channel).Check  # type: ignore[attr-defined]  # stubs know no health stub
         self._process = process
-        self._channel = channel
+        self.channel = channel
         self._on_exit = on_exit
 
     def __repr__(self) -> str:
@@ -167,7 +171,7 @@ class WorkerProcess:
 
     async def stop(self, grace: float) -> None:
         """Asks it to end, kills it if it does not within so many seconds, and returns when it is gone."""
-        await self._channel.close()
+        await self.channel.close()
         self._signal(signal.SIGTERM)
         try:
             async with asyncio.timeout(grace):
@@ -180,7 +184,7 @@ class WorkerProcess:
     async def watch(self) -> None:
         """Waits for its end. Whatever is still asked of it then fails at once."""
         await self._process.wait()
-        await self._channel.close()
+        await self.channel.close()
         self._on_exit()
 
     def kill(self) -> None:
@@ -202,6 +206,7 @@ class Launcher:
         environment: variables that all workers get.
         grace: seconds a worker may take to end before it is killed.
         command: program that is a worker.
+        more: returns the arguments that the worker of one model gets besides.
     """
 
     def __init__(
@@ -212,7 +217,9 @@ class Launcher:
         environment: Mapping[str, str] | None = None,
         grace: float,
         command: Sequence[str] = (sys.executable, "-m", "forebay.mlx_service.worker"),
+        more: Callable[[str], Sequence[str]] = lambda model_id: (),
     ) -> None:
+        self._more = more
         self._name = name
         self._arguments = tuple(arguments)
         self._environment = dict(environment or {})
@@ -273,7 +280,7 @@ class Launcher:
             argv += ["--context", str(spec.context_token_count)]
         if spec.memory_limit:
             argv += ["--memory-ceiling", str(spec.memory_limit)]
-        return argv
+        return [*argv, *self._more(spec.model_id)]
 
 
 def _private_folder() -> Path:

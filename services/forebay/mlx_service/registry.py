@@ -22,10 +22,12 @@ from pathlib import Path
 from typing import cast
 
 from forebay.inference.v1 import inference_pb2 as pb
-from forebay.kit.failure import ModelNotFound
+from forebay.kit.failure import ModelLoadFailed, ModelNotFound
 from forebay.mlx_service.fetch import Report, file_digest, import_gguf, is_complete
 from forebay.mlx_service.models.describe import ModelFacts, NotAModelError, describe
 from forebay.mlx_service.models.embedding import capabilities
+from forebay.mlx_service.models.gguf_file import Head
+from forebay.mlx_service.ollama_store import OllamaStore, Problem
 
 logger = logging.getLogger(__name__)
 
@@ -61,13 +63,24 @@ class Entry:
     disk_bytes: int = 0
     fault: str = ""
     """Why it cannot be loaded, in one sentence. Empty if nothing is known against it."""
+    problem: str = ""
+    """What kind of reason that is, where it has a name."""
+    digest: str = ""
+    """SHA-256 that a GGUF file must have, in hexadecimal, where somebody vouches for it."""
+    gguf: Head | None = None
+    """Head of a GGUF file, where it was read."""
     note: str = ""
     """What else is to be said of it."""
     removable: Path | None = None
     """What `DeleteModel` removes: a folder of Forebay's cache or of the hub's. None is not ours to remove."""
 
-    def to_model(self, backend: str) -> pb.Model:
-        """Returns the model as the service describes it while it is not loaded."""
+    def to_model(self, backend: str, digest: str = "") -> pb.Model:
+        """Returns the model as the service describes it while it is not loaded.
+
+        Args:
+            backend: the service's name.
+            digest: that of its weights, as far as known.
+        """
         model = pb.Model(
             id=self.id,
             backend=backend,
@@ -78,6 +91,7 @@ class Entry:
         )
         weights = model.weights
         weights.format = self.kind.value
+        weights.digest = digest
         facts = self.facts
         if facts is not None:
             model.context_token_count = facts.context_token_count
@@ -85,12 +99,21 @@ class Entry:
             weights.family = facts.family
             weights.size_label = facts.size_label
             weights.quantization = facts.quantization
-            weights.digest = facts.digest
             weights.parameter_count = facts.parameter_count
             if facts.recipe is not None:
                 model.capabilities.extend(capabilities(probed=False))
             else:  # more is known when its template and tokenizer were read
                 model.capabilities.add(capability=pb.CAPABILITY_EMBED, support=pb.CapabilityReport.SUPPORT_NO)
+            return model
+        if self.gguf is not None:
+            weights.family = self.gguf.text("general.architecture")
+            weights.size_label = self.gguf.text("general.size_label")
+            weights.quantization = self.gguf.most_common_type
+            model.context_token_count = max(0, self.gguf.context_token_count)
+            model.memory_bytes = self.disk_bytes
+            if self.fault:  # it never will, whoever asks; others who have it may
+                no = pb.CapabilityReport.SUPPORT_NO
+                model.capabilities.add(capability=pb.CAPABILITY_GENERATE, support=no)
         elif found := _QUANTIZATION.search(self.id):
             weights.quantization = found[1].upper()
         return model
@@ -103,6 +126,8 @@ class Root:
     path: Path
     hub: bool = False
     """Whether it is laid out as the Hugging Face cache."""
+    ollama: bool = False
+    """Whether it is laid out as Ollama's models folder."""
     removable: bool = False
     """Whether models may be deleted from it."""
     required: bool = False
@@ -128,11 +153,16 @@ class Imports:
         folder = self._folder / digest
         return folder if is_complete(folder) else None
 
-    async def convert(self, source: Path, progress: Report) -> Path:
+    async def convert(self, source: Path, progress: Report, *, expected: str = "") -> Path:
         """Returns the folder of a GGUF file, converting it if it was not yet.
 
+        Args:
+            source: the file.
+            progress: is told how far it is.
+            expected: SHA-256 that it must have, in hexadecimal. Empty takes any.
+
         Raises:
-            forebay.kit.failure.ModelLoadFailed: it cannot be converted.
+            ModelLoadFailed: it cannot be converted, or is another file than expected.
         """
         key = await asyncio.to_thread(_stamp, source)
         digests = await asyncio.to_thread(self._digests)
@@ -140,6 +170,11 @@ class Imports:
         if digest is None:
             digest = await asyncio.to_thread(file_digest, source)
             await asyncio.to_thread(self._remember, key, digest)
+        if expected and digest != expected:
+            raise ModelLoadFailed(
+                f"{source.name} is damaged: its digest is {digest}. Fetch it again",
+                metadata={"file": source.name, "problem": Problem.DIGEST_MISMATCH.name, "digest": digest},
+            )
         return await import_gguf(source, self._folder / digest, progress)
 
     def _digests(self) -> dict[str, str]:
@@ -189,7 +224,11 @@ class Registry:
             ModelNotFound: there is none; the message names some that are here.
         """
         await asyncio.to_thread(self._refresh)
-        entry = self._entries.get(self._aliases.get(name, name)) or self._entries.get(name)
+        entry = (
+            self._entries.get(self._aliases.get(name, name))
+            or self._entries.get(name)
+            or self._entries.get(f"{name}:latest")  # as Ollama completes names
+        )
         if entry is None:
             known = sorted(self._entries)
             near = difflib.get_close_matches(name, known, n=3) or known[:3]
@@ -208,7 +247,7 @@ class Registry:
         """
         if entry.kind is Kind.FOLDER:
             return entry.path
-        folder = await self._imports.convert(entry.path, progress)
+        folder = await self._imports.convert(entry.path, progress, expected=entry.digest)
         self._marks = {}
         return folder
 
@@ -270,6 +309,8 @@ class _Scan:
                 self.complaints.append(f"model folder {root.path} is not there")
             if root.hub:
                 yield from self._hub(root)
+            elif root.ollama:
+                yield from self._ollama(root)
             else:
                 yield from self._folder(root.path, root, ())
 
@@ -298,6 +339,30 @@ class _Scan:
             if "config.json" in files and any(".safetensors" in file for file in files):
                 id_ = name.removeprefix("models--").replace("--", "/")
                 yield self._model(id_, snapshot, repository)
+
+    def _ollama(self, root: Root) -> Iterator[Entry]:
+        def looked(path: Path) -> None:
+            self.marks[path] = _mark(path)
+
+        for found in OllamaStore(root.path, looked).models():
+            facts: ModelFacts | None = None
+            with contextlib.suppress(OSError, NotAModelError):
+                folder = self._imports.folder_of(found.path) if found.digest else None
+                facts = describe(folder) if folder is not None else None
+            bare = found.name.removesuffix(":latest")
+            yield Entry(
+                id=found.name,
+                kind=Kind.GGUF,
+                path=found.path,
+                aliases=(bare,) if bare != found.name else (),
+                facts=facts,
+                disk_bytes=found.disk_bytes,
+                fault=found.fault,
+                problem=found.problem.name if found.problem is not None else "",
+                digest=found.digest,
+                gguf=found.head,
+                note=found.note,
+            )
 
     def _snapshot(self, repository: Path) -> Path | None:
         """Returns the folder of the main revision, else of the newest."""

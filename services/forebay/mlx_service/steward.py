@@ -80,7 +80,9 @@ class Steward:
         self._residences = residences
         self._metrics = measured
         self._weigh = weigh
-        self.ledger = Ledger(settings.memory_ceiling or default_ceiling(host.total))
+        self.ledger = Ledger(
+            settings.memory_ceiling or default_ceiling(host.total, reserve=settings.memory_reserve)
+        )
         self._most = self.ledger.ceiling
         self._told: dict[str, int] = {}
         self._wanting: dict[str, int] = {}
@@ -187,7 +189,7 @@ class Steward:
     def left(self, residence: Residence, reason: str) -> None:
         """Counts a model that left memory by itself."""
         label = {"gen_ai.request.model": self._metrics.admit(residence.id), "forebay.reason": reason}
-        self._metrics.add(metrics.EVICTIONS, label)
+        self._metrics.add(metrics.MODEL_EVICTIONS, label)
 
     async def widen(self, residence: Residence, wanted: int) -> bool:
         """Gives a worker a limit of so many bytes, if idle models and unused shares make that possible.

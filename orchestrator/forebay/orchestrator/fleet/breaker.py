@@ -78,6 +78,7 @@ class Breaker:
     def __init__(self, settings: BreakerSettings, *, clock: Clock, source: random.Random) -> None:
         self._settings = settings
         self._clock = clock
+        self._source = source
         self._backoff = Backoff(settings.open_min, settings.open_max, jitter=settings.jitter, source=source)
         self._window: deque[tuple[float, bool]] = deque()
         self._successes = 0  # of those in the window
@@ -91,6 +92,15 @@ class Breaker:
 
     def __repr__(self) -> str:
         return f"<Breaker {self.state.value} run {self._run} rate {self.success_rate:.2f}>"
+
+    def change(self, settings: BreakerSettings) -> None:
+        """Goes by other settings from now on. What it has seen stays, and so does an opening."""
+        if settings == self._settings:
+            return
+        self._settings = settings
+        self._backoff = Backoff(
+            settings.open_min, settings.open_max, jitter=settings.jitter, source=self._source
+        )
 
     @property
     def state(self) -> BreakerState:

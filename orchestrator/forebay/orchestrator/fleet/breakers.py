@@ -38,6 +38,12 @@ class Breakers:
         self.whole = Breaker(settings, clock=clock, source=source)
         self._models: dict[str, Breaker] = {}  # only those whose model has failed since it last succeeded
 
+    def change(self, settings: BreakerSettings) -> None:
+        """Goes by other settings from now on."""
+        self._settings = settings
+        for breaker in (self.whole, *self._models.values()):
+            breaker.change(settings)
+
     def of(self, model: str) -> tuple[Breaker, ...]:
         """Returns the breakers that a call for the model has to pass."""
         own = self._models.get(model)

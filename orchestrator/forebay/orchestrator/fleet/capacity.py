@@ -14,6 +14,9 @@ _LIFE = 0.1
 _POOLS = 256
 """Answers that are kept."""
 
+_BETWEEN = "\n"
+"""Stands between the members of a pool's name, since no model's name has a line break in it."""
+
 
 class Capacity:
     """Adds up the slots of the backends that take calls now.
@@ -42,23 +45,57 @@ class Capacity:
         self._unknown = unknown
         self._clock = clock
         self._known: dict[str, tuple[float, int]] = {}
+        self._pools: dict[str, tuple[float, str]] = {}
 
-    def __call__(self, model: str) -> int:
-        """Returns how many calls for a model can run at once; for the empty name, how many in all."""
+    def change(self, *, unknown: int) -> None:
+        """Believes another number of a backend that does not tell."""
+        self._unknown = unknown
+        self._known.clear()
+
+    def pool(self, model: str) -> str:
+        """Returns the pool of calls for a model: the models that the name means, each on its backend.
+
+        Names that mean the same have one pool, so an alias brings no permits of its own. A name that nobody
+        knows is a pool by itself.
+        """
         now = self._clock()
-        known = self._known.get(model)
+        known = self._pools.get(model)
+        if known is not None and now < known[0]:
+            return known[1]
+        if len(self._pools) >= _POOLS:
+            self._pools.clear()
+        if self._find is not None:
+            found = {name: each.id for name, each in self._find(model).items()}
+        else:
+            each_own = ((endpoint.name, endpoint.find(model)) for endpoint in self._endpoints)
+            found = {name: each.id for name, each in each_own if each is not None}
+        pool = _BETWEEN.join(f"{name}/{id_}" for name, id_ in found.items()) or model
+        self._pools[model] = (now + _LIFE, pool)
+        return pool
+
+    def __call__(self, pool: str) -> int:
+        """Returns how many calls of a pool can run at once; for the empty name, how many in all."""
+        now = self._clock()
+        known = self._known.get(pool)
         if known is not None and now < known[0]:
             return known[1]
         if len(self._known) >= _POOLS:
             self._known.clear()
-        slots = sum(self._slots(each, model) for each in self._endpoints if each.state is State.ACTIVE)
-        self._known[model] = (now + _LIFE, slots or self._unknown)
+        members = dict(member.split("/", 1) for member in pool.split(_BETWEEN) if "/" in member)
+        slots = sum(
+            self._slots(each, members.get(each.name) if pool else "")
+            for each in self._endpoints
+            if each.state is State.ACTIVE
+        )
+        self._known[pool] = (now + _LIFE, slots or self._unknown)
         return slots or self._unknown
 
-    def _slots(self, endpoint: Endpoint, model: str) -> int:
+    def _slots(self, endpoint: Endpoint, model: str | None) -> int:
+        if model is None:
+            return 0
         if not model:
             return endpoint.settings.slots or self._unknown
-        found = endpoint.find(model) if self._find is None else self._find(model).get(endpoint.name)
+        found = endpoint.find(model)
         if found is None:
             return 0
         return endpoint.settings.slots or found.slot_count or self._unknown

@@ -7,9 +7,11 @@ picture of it.
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import random
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from datetime import UTC, datetime
 from enum import Enum
 
@@ -25,6 +27,8 @@ from forebay.orchestrator.fleet.breaker import BreakerState
 from forebay.orchestrator.fleet.breakers import Breakers
 from forebay.orchestrator.fleet.performance import Performance
 from forebay.orchestrator.fleet.slow_start import SlowStart
+from forebay.orchestrator.fleet.trust import Trust
+from forebay.orchestrator.placement.room import ROOMY, Room
 from forebay.orchestrator.routing.names import find_model
 from forebay.orchestrator.routing.view import EndpointView
 
@@ -85,8 +89,13 @@ class Endpoint:
         self.settings = settings
         self.name = settings.name
         self.breakers = Breakers(settings.name, settings.breaker, clock=clock, source=source)
+        self.trust = Trust(clock=clock)
         self.performance = Performance(performance or PerformanceSettings(), clock=clock)
         self.limit: Limit | None = None
+        self.memory: Callable[[], pb.Memory | None] = lambda: None
+        """Returns the memory that its models share, as far as that is known."""
+        self.room: Callable[[str], Room] = lambda model: ROOMY
+        """Returns how much room there is for a model."""
         self.service: Service | None = None
         self._aliases = dict(aliases)
         self._clock = clock
@@ -102,10 +111,13 @@ class Endpoint:
         self._is_unexplained = False  # it is not serving, and has not been asked why yet
         self._logged = State.UNREACHABLE
         self._absence = ""  # what was last logged of the framework's absence
+        self._listed: tuple[pb.Model, ...] = ()  # in its own words
         self._models: tuple[pb.Model, ...] = ()
         self._are_models_known = False
         self._memory: pb.Memory | None = None
         self._outstanding = 0
+        self._holders = 0
+        self._idle = asyncio.Event()
         self._outstanding_tokens = 0.0
         self._slow_start = SlowStart(slow_start or SlowStartSettings(), clock=clock)
         self._first_delta: float | None = None
@@ -134,6 +146,27 @@ class Endpoint:
             self._outstanding -= 1
             self._outstanding_tokens -= call.tokens
             self._publish()
+            self._rest()
+
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """Keeps the connection open for the length of a `with` block, for what is no call of inference."""
+        self._holders += 1
+        try:
+            yield
+        finally:
+            self._holders -= 1
+            self._rest()
+
+    async def wait_idle(self) -> None:
+        """Returns when nothing goes on over the connection any more."""
+        while self._outstanding or self._holders:
+            self._idle.clear()
+            await self._idle.wait()
+
+    def _rest(self) -> None:
+        if not self._outstanding and not self._holders:
+            self._idle.set()
 
     def record(self, outcome: Outcome) -> None:
         """Takes in what a call took."""
@@ -155,6 +188,7 @@ class Endpoint:
         if not (self._is_reachable and self._is_serving):
             # It came back, perhaps as another process: what it did in its former life says little.
             self.breakers.heal()
+            self.trust.forget()
         if self._is_reachable and not self._is_serving:
             self._list_error = ""  # it was of the time before
         self._is_reachable = self._is_serving = True
@@ -188,17 +222,8 @@ class Endpoint:
             memory: what they share, if it tells.
         """
         self._memory = memory
-        listed: dict[str, pb.Model] = {}
-        for model in models:
-            ours = pb.Model()
-            ours.CopyFrom(model)
-            ours.backend = self.name
-            listed[ours.id] = ours
-        for alias, spelling in self._aliases.items():
-            meant = find_model(spelling, listed.values())
-            if meant is not None and alias not in meant.aliases:
-                meant.aliases.append(alias)
-        found = tuple(listed.values())
+        self._listed = tuple(models)
+        found = self._named()
         is_news = found != self._models or not self._are_models_known or bool(self._list_error)
         if is_news:  # else the list stays the very same, and what was found in it holds
             self._models = found
@@ -208,6 +233,20 @@ class Endpoint:
             self.update()
         elif is_news:
             self._publish()
+
+    def _named(self) -> tuple[pb.Model, ...]:
+        """Returns the models with our name for the backend, and the operator's names for them."""
+        listed: dict[str, pb.Model] = {}
+        for model in self._listed:
+            ours = pb.Model()
+            ours.CopyFrom(model)
+            ours.backend = self.name
+            listed[ours.id] = ours
+        for alias, spelling in self._aliases.items():
+            meant = find_model(spelling, listed.values())
+            if meant is not None and alias not in meant.aliases:
+                meant.aliases.append(alias)
+        return tuple(listed.values())
 
     def fail_to_list(self, detail: str, *, is_gone: bool = False) -> None:
         """It could not list its models. The last list is kept.
@@ -231,6 +270,14 @@ class Endpoint:
             self._publish()
 
     # What an operator wants.
+
+    def change(self, settings: BackendSettings, *, aliases: Mapping[str, str]) -> None:
+        """Goes by other settings from now on. Whoever built the stack builds it anew."""
+        self.settings = settings
+        self.breakers.change(settings.breaker)
+        self._aliases = dict(aliases)
+        self._models = self._named()
+        self.update()
 
     def drain(self) -> None:
         """Takes it out of routing. Calls in progress go on."""
@@ -335,6 +382,8 @@ class Endpoint:
             queue=self.settings.queue,
             first_delta=self._first_delta,
             success_rate=whole.success_rate,
+            doubts=self.trust.doubts(),
+            room=self.room,
             outstanding_tokens=self._outstanding_tokens,
             figures=self.performance.figures(),
             memory=self._memory,
@@ -396,6 +445,9 @@ class Endpoint:
             share=self.share,
         )
         backend.state_change_time.FromDatetime(self._change_time)
+        memory = self.memory()
+        if memory is not None:
+            backend.memory.CopyFrom(memory)
         if self._first_delta is not None:
             backend.first_delta_duration.FromNanoseconds(int(self._first_delta * 1e9))
         for model, breaker in self.breakers.not_closed():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import Awaitable, Callable, Coroutine, Iterator, Sequence
 from types import TracebackType
 
@@ -17,6 +18,8 @@ from forebay.orchestrator.fleet.feed import Feed
 from forebay.orchestrator.fleet.probe import Probe
 from forebay.orchestrator.routing.matching import Match, Matcher
 from forebay.orchestrator.routing.view import EndpointView
+
+logger = logging.getLogger(__name__)
 
 
 class Member:
@@ -36,6 +39,8 @@ class Member:
         self.endpoint = endpoint
         self.channel = channel
         self.probe = probe
+        self.tasks: list[asyncio.Task[None]] = []
+        """What keeps it known, while the fleet runs."""
 
 
 class Fleet:
@@ -51,12 +56,15 @@ class Fleet:
     """
 
     def __init__(self, members: Sequence[Member], feed: Feed, matcher: Matcher | None = None) -> None:
+        # Never changed in place: metrics are read on another thread.
         self._members = {member.endpoint.name: member for member in members}
         self.feed = feed
         self._matcher = matcher or Matcher()
         self._keepers: list[Callable[[], Coroutine[None, None, None]]] = []
         self._group = asyncio.TaskGroup()
-        self._tasks: list[asyncio.Task[None]] = []
+        self._keeping: list[asyncio.Task[None]] = []
+        self._is_running = False
+        self._leaving: set[Member] = set()
         self._guests: set[asyncio.Task[None]] = set()
         self._closers: list[Callable[[], Awaitable[None]]] = []
 
@@ -65,6 +73,9 @@ class Fleet:
 
     def __iter__(self) -> Iterator[Endpoint]:
         return (member.endpoint for member in self._members.values())
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._members
 
     def __getitem__(self, name: str) -> Endpoint:
         """Returns a backend.
@@ -115,6 +126,12 @@ class Fleet:
             if each is not None and (may_be_like or each.match is not Match.LIKE)
         }
 
+    def judge(self, backend: str, model: str, capability: pb.Capability.ValueType, kept: bool) -> None:
+        """Takes in whether a reply was what a capability of its model promises."""
+        member = self._members.get(backend)
+        if member is not None:  # it may have been removed while it answered
+            member.endpoint.trust.note(model, capability, kept=kept)
+
     def spawn(self, work: Coroutine[None, None, None], name: str) -> asyncio.Task[None]:
         """Starts a task that ends with the fleet at the latest. It must not fail."""
         task = self._group.create_task(work, name=name)
@@ -132,17 +149,62 @@ class Fleet:
 
     async def __aenter__(self) -> Fleet:
         await self._group.__aenter__()
-        for name, member in self._members.items():
-            for work in (member.probe.watch_health, member.probe.watch_models):
-                self._tasks.append(self._group.create_task(work(), name=f"{name}.{work.__name__}"))
-        for keeper in self._keepers:
-            self._tasks.append(self._group.create_task(keeper(), name="keeper"))
+        self._is_running = True
+        for member in self._members.values():
+            self._start(member)
+        self._keeping = [self._group.create_task(keeper(), name="keeper") for keeper in self._keepers]
         return self
+
+    def _start(self, member: Member) -> None:
+        for work in (member.probe.watch_health, member.probe.watch_models):
+            name = f"{member.endpoint.name}.{work.__name__}"
+            member.tasks.append(self._group.create_task(work(), name=name))
+
+    def replace(self, members: Sequence[Member], *, grace: float) -> None:
+        """Has other backends from now on. Who is in both lists stays as it is.
+
+        Calls on a backend that is left out go on. When the last has ended its connection is closed.
+
+        Args:
+            members: the backends from now on, in the order of the configuration.
+            grace: most seconds that calls on a backend that is left out may take.
+        """
+        before = self._members
+        self._members = {member.endpoint.name: member for member in members}
+        for member in before.values():
+            if member not in members:
+                for task in member.tasks:
+                    task.cancel()
+                self._leaving.add(member)
+                self.spawn(self._part(member, grace), f"{member.endpoint.name}.part")
+                self.feed.publish(member.endpoint.name)
+        for member in members:
+            if member not in before.values():
+                if self._is_running:
+                    self._start(member)
+                self.feed.publish(member.endpoint.name)
+
+    async def _part(self, member: Member, grace: float) -> None:
+        endpoint = member.endpoint
+        try:
+            async with asyncio.timeout(grace):
+                await endpoint.wait_idle()
+        except TimeoutError:
+            logger.warning(
+                "backend %s was removed %g s ago: %d calls on it are broken off",
+                endpoint.name,
+                grace,
+                endpoint.active + endpoint.queued,
+            )
+        await member.channel.close()
+        self._leaving.discard(member)
+        logger.info("backend %s: its connection is closed", endpoint.name)
 
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        for task in (*self._tasks, *self._guests):
+        probes = [task for member in self._members.values() for task in member.tasks]
+        for task in (*probes, *self._keeping, *self._guests):
             task.cancel()
         try:
             # The group has to know of a cancellation, which may be its own because a task of it crashed.
@@ -152,7 +214,7 @@ class Fleet:
             else:
                 await self._group.__aexit__(None, None, None)
         finally:
-            for member in self._members.values():
+            for member in (*self._members.values(), *self._leaving):
                 await member.channel.close()
             for close in self._closers:
                 await close()

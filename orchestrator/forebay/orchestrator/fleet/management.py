@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import TypeVar, cast
 
 import grpc.aio
@@ -25,6 +26,7 @@ class Management:
         channel: the connection.
         backend: the backend's name.
         credentials: metadata that proves who we are.
+        held: keeps the connection open for the length of a `with` block.
         on_change: called after anything that may have changed which models there are or are loaded.
     """
 
@@ -35,7 +37,9 @@ class Management:
         *,
         on_change: Callable[[], None],
         credentials: Pairs = (),
+        held: Callable[[], AbstractContextManager[None]] = nullcontext,
     ) -> None:
+        self._held = held
         self._credentials = credentials
         self._stub = models_pb2_grpc.ModelServiceStub(channel)
         self._backend = backend
@@ -85,6 +89,17 @@ class Management:
         last: str,
     ) -> None:
         """Passes events on until the last. A loss never cuts anything: asking again joins the work."""
+        with self._held():
+            await self._relay(method, request, send, last=last)
+
+    async def _relay(
+        self,
+        method: grpc.aio.UnaryStreamMultiCallable[Q, A],
+        request: Q,
+        send: Callable[[A], Awaitable[None]],
+        *,
+        last: str,
+    ) -> None:
         stream = method(request, metadata=grpc.aio.Metadata(*self._credentials))
         is_done = False
         try:

@@ -12,6 +12,7 @@ import asyncio
 import contextlib
 import random
 from datetime import timedelta
+from typing import Protocol
 
 import grpc
 import grpc.aio
@@ -27,6 +28,16 @@ from forebay.orchestrator.config import ProbeSettings
 from forebay.orchestrator.fleet.endpoint import Endpoint
 
 
+class Observer(Protocol):
+    """Whoever keeps account of what backends have in memory."""
+
+    def listed(self, endpoint: Endpoint, answer: pb.ListModelsResponse, asked: float) -> None:
+        """Takes in a list, and when it was asked for on the loop's clock."""
+
+    def lost(self, backend: str) -> None:
+        """Notes that a backend, or the framework behind it, is away."""
+
+
 class Probe:
     """Watches one backend until it is cancelled. A backend that is absent is no error: it is waited for.
 
@@ -36,6 +47,7 @@ class Probe:
         settings: how often to look.
         source: where jitter comes from.
         credentials: metadata that proves who we are. Health needs none.
+        observer: told what is listed, and what is lost.
     """
 
     def __init__(
@@ -46,7 +58,9 @@ class Probe:
         *,
         source: random.Random,
         credentials: Pairs = (),
+        observer: Observer | None = None,
     ) -> None:
+        self._observer = observer
         self._credentials = credentials
         self._endpoint = endpoint
         self._settings = settings
@@ -55,21 +69,37 @@ class Probe:
         self._stub = inference_pb2_grpc.InferenceServiceStub(channel)
         self._look = asyncio.Event()
 
+    def change(self, settings: ProbeSettings) -> None:
+        """Looks as often as other settings say, and at once."""
+        self._settings = settings
+        self.refresh()
+
     def refresh(self) -> None:
         """Asks for the models again soon, because they are likely to have changed."""
         self._look.set()
 
     async def watch_health(self) -> None:
         """Follows the backend's health, and looks for it again when it is lost."""
-        backoff = Backoff(self._settings.reconnect_min, self._settings.reconnect_max, source=self._source)
+        backoff = self._backoff()
         # The first try fails at once where nobody listens, which tells why. Later ones wait in the channel,
         # which connects by itself, so that a backend that appears is seen without another wait of ours.
         waits = False
         while True:
+            known = self._settings
             detail = await self._follow(backoff, waits=waits)
             self._endpoint.lose(detail)
+            self._lose()
+            if self._settings is not known:
+                backoff = self._backoff()
             await asyncio.sleep(backoff.next())
             waits = True
+
+    def _lose(self) -> None:
+        if self._observer is not None:
+            self._observer.lost(self._endpoint.name)
+
+    def _backoff(self) -> Backoff:
+        return Backoff(self._settings.reconnect_min, self._settings.reconnect_max, source=self._source)
 
     async def _follow(self, backoff: Backoff, *, waits: bool) -> str:
         """Passes on what the backend says until it is lost. Returns why it was."""
@@ -126,6 +156,7 @@ class Probe:
         return min(self._settings.models_interval, self._settings.reconnect_max)
 
     async def _list(self) -> None:
+        asked = asyncio.get_running_loop().time()
         try:
             async with asyncio.timeout(self._settings.timeout.total_seconds()):
                 answer = await relay_unary(
@@ -136,9 +167,14 @@ class Probe:
                     metadata=self._credentials,
                 )
         except Failure as failure:
-            self._endpoint.fail_to_list(failure.message, is_gone=failure.reason == BackendUnavailable.reason)
+            is_gone = failure.reason == BackendUnavailable.reason
+            self._endpoint.fail_to_list(failure.message, is_gone=is_gone)
+            if is_gone:
+                self._lose()
         except TimeoutError:
             self._endpoint.fail_to_list("it did not answer in time")
         else:
             memory = answer.memory if answer.HasField("memory") else None
             self._endpoint.list_models(answer.models, memory)
+            if self._observer is not None:
+                self._observer.listed(self._endpoint, answer, asked)

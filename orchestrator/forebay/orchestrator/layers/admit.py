@@ -56,6 +56,7 @@ class Admit:
     Args:
         inner: the service to protect.
         admission: decides who goes next.
+        pool: returns the pool that calls for a model belong to. Unset, each name is one.
         on_admitted: told once of each call that the queue let run or refused, for metrics.
     """
 
@@ -64,10 +65,12 @@ class Admit:
         inner: Service,
         *,
         admission: Admission,
+        pool: Callable[[str], str] = lambda model: model,
         on_admitted: Callable[[Admitted], None] | None = None,
     ) -> None:
         self._inner = inner
         self._admission = admission
+        self._pool = pool
         self._on_admitted = on_admitted
         self._typical = _TYPICAL_REPLY
 
@@ -91,7 +94,7 @@ class Admit:
             ticket = self._admission.arrive(
                 urgency=call.urgency,
                 caller=call.caller,
-                pool=request.model,
+                pool=self._pool(request.model),
                 cost=self._expected(request),
                 size=request.ByteSize(),
                 remaining=call.remaining(),

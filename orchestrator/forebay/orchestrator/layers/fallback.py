@@ -12,6 +12,7 @@ from collections.abc import Callable
 
 from forebay.kit.commit import CommitGate
 from forebay.kit.failure import (
+    Attempt,
     BackendBusy,
     BackendError,
     BackendUnavailable,
@@ -104,7 +105,12 @@ class Fallback:
         """
         if call.resumption is None:  # going on with a reply is no new call
             self._budget.deposit()
-        await _Attempts(self, call, send).run()
+        attempts = _Attempts(self, call, send)
+        try:
+            await attempts.run()
+        except Failure as failure:
+            attempts.list_in(failure)
+            raise
 
     async def attempt(self, call: Call[Request], send: Send) -> Failure | None:
         """Makes one attempt and returns the failure that allows for another one, or None when it is served.
@@ -159,6 +165,8 @@ class _Attempts:
         self._backoff = fallback.backoff()
         self._failures: list[Failure] = []  # of attempts that reached a backend
         self._refusals: list[Failure] = []  # of the router, for want of a backend
+        self._attempts: list[Attempt] = []
+        self._model = ""  # that the last attempt asked for
 
     async def run(self) -> None:
         while True:
@@ -175,6 +183,7 @@ class _Attempts:
     async def _try_model(self, call: Call[Request]) -> bool:
         """Returns whether the call was served."""
         while True:
+            self._model = call.request.model
             failure = await self._fallback.attempt(call, self._send)
             if failure is None:
                 return True
@@ -183,6 +192,7 @@ class _Attempts:
                 self._refusals.append(failure)
                 return False
             self._failures.append(failure)
+            self._attempts.append(Attempt(backend, failure.reason, call.request.model))
             self._left -= 1
             if self._left <= 0 or not self._fallback.may_retry(failure):
                 raise self._verdict()
@@ -206,6 +216,17 @@ class _Attempts:
         if asked > self._fallback.longest_wait or (remaining is not None and wait >= remaining):
             raise self._verdict()
         await asyncio.sleep(wait)
+
+    def list_in(self, failure: Failure) -> None:
+        """Names every attempt in the failure that the call ends with."""
+        backend = failure.metadata.get("backend")
+        is_last = failure not in self._failures and failure not in self._refusals
+        if is_last and backend is not None:  # it ended the call without a verdict
+            reason = failure.metadata.get("cause", failure.reason)
+            self._attempts.append(Attempt(backend, reason, self._model))
+        if failure.attempts and len(self._attempts) < 2:
+            return  # the one backend is an orchestrator itself, and told more
+        failure.attempts = tuple(self._attempts)
 
     def _verdict(self) -> Failure:
         """Returns the most telling failure."""
@@ -245,9 +266,11 @@ def _after_commit(failure: Failure) -> Failure:
         return failure
     if failure.fault is Fault.CALLER and not failure.elsewhere:
         return failure
-    return StreamInterrupted(
+    broken = StreamInterrupted(
         f"the reply broke off: {failure.message}", metadata=failure.metadata | {"cause": failure.reason}
     )
+    broken.attempts = failure.attempts
+    return broken
 
 
 def _models(request: Request) -> tuple[str, ...]:

@@ -25,16 +25,21 @@ _FIELD = "output_format.json_schema"
 Fault = Callable[[object], str]
 """Returns the keyword of a schema that a value violates, or an empty string."""
 
+Judge = Callable[[str, str, pb.Capability.ValueType, bool], None]
+"""Told of a backend, its model, a capability, and whether the reply was what that capability promises."""
+
 
 class Verify:
     """Refuses to call a reply complete that is not what was asked for.
 
     Args:
         inner: serves the call.
+        judge: told how each reply kept what its backend had promised.
     """
 
-    def __init__(self, inner: Service) -> None:
+    def __init__(self, inner: Service, *, judge: Judge | None = None) -> None:
         self._inner = inner
+        self._judge = judge
 
     def __call__(self, call: Call[Request], send: Send) -> Serving:
         """Serves a call.
@@ -50,7 +55,7 @@ class Verify:
         return self._inner(call, send)
 
     async def _serve(self, call: Call[Request], request: pb.GenerateRequest, send: Send) -> None:
-        check = _Check(request, send)
+        check = _Check(request, send, self._judge)
         await self._inner(call, check)
         await check.end()
 
@@ -62,24 +67,26 @@ class _Check:
     for a broken stream, and be tried again.
     """
 
-    def __init__(self, request: pb.GenerateRequest, send: Send) -> None:
+    def __init__(self, request: pb.GenerateRequest, send: Send, judge: Judge | None) -> None:
         accepted = request.accepted_degradations
         self._send = send
+        self._judge = judge
         self._request = request
         self._fault: Fault | None = None
         if pb.DEGRADATION_KIND_FORMAT_NOT_ENFORCED not in accepted:
             self._fault = _fault_of(request.output_format)
         self._text = [request.continue_from.text]
         self._backend = ""
+        self._model = ""  # empty where several models wrote the reply: nobody knows whose fault it is
         self._finished: pb.GenerateResponse | None = None
 
     def __call__(self, event: Event) -> Awaitable[None]:
         if isinstance(event, pb.GenerateResponse):
             match event.WhichOneof("event"):
                 case "started":
-                    self._backend = event.started.backend
+                    self._backend, self._model = event.started.backend, event.started.model
                 case "continued":
-                    self._backend = event.continued.backend
+                    self._backend, self._model = event.continued.backend, ""
                 case "delta":
                     if self._fault is not None and event.delta.text:
                         self._text.append(event.delta.text)
@@ -116,6 +123,8 @@ class _Check:
             keyword = "json"
         except RecursionError:
             keyword = "depth"
+        if self._judge is not None and self._model:
+            self._judge(self._backend, self._model, pb.CAPABILITY_JSON_SCHEMA, not keyword)
         if keyword:
             # Neither the value nor its path is named: both are text of the answer.
             raise FormatViolated(

@@ -12,6 +12,7 @@ from typing import TypeAlias
 
 from forebay.inference.v1 import inference_pb2 as pb
 from forebay.kit.pipeline import Resumption
+from forebay.orchestrator.placement.room import estimate
 from forebay.orchestrator.routing.classify import Traits
 from forebay.orchestrator.routing.matching import Match
 from forebay.orchestrator.routing.view import EndpointView
@@ -141,6 +142,24 @@ def context(question: Question) -> str | None:
     return None
 
 
+def memory(question: Question) -> str | None:
+    """Refuses models that cannot get into memory, whatever may be unloaded for them."""
+    if question.found is None or not is_cold(question.found):
+        return None
+    room, need = question.endpoint.room(question.found.id), estimate(question.found)
+    if need <= room.most:
+        return None
+    return (
+        f"model {question.found.id} needs {need / 2**30:.1f} GiB of memory, and {room.most / 2**30:.1f} GiB "
+        f"of the {room.limit / 2**30:.1f} GiB for models could be had"
+    )
+
+
+def is_cold(model: pb.Model) -> bool:
+    """Returns whether a model has to be loaded before it can answer."""
+    return model.state in (pb.Model.STATE_AVAILABLE, pb.Model.STATE_FAILED)
+
+
 def breaker(question: Question) -> str | None:
     """Refuses backends and models that failed lately."""
     endpoint = question.endpoint
@@ -173,6 +192,7 @@ FILTERS: Sequence[tuple[str, Filter]] = (
     ("capability", capability),
     ("resumption", resumption),
     ("context", context),
+    ("memory", memory),
     ("reachable", reachable),
     ("serving", serving),
     ("drained", drained),

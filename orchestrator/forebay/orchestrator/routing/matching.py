@@ -92,9 +92,14 @@ class Matcher:
     """
 
     def __init__(self, settings: MatchingSettings | None = None, own_names: Collection[str] = ()) -> None:
-        self.settings = settings or MatchingSettings()
-        self._own_names = frozenset(name.casefold() for name in own_names)
         self._kept: OrderedDict[str, _Memory] = OrderedDict()
+        self.change(settings or MatchingSettings(), own_names=own_names)
+
+    def change(self, settings: MatchingSettings, *, own_names: Collection[str]) -> None:
+        """Goes by other settings and names from now on."""
+        self.settings = settings
+        self._own_names = frozenset(name.casefold() for name in own_names)
+        self._kept.clear()
 
     def find(self, name: str, listings: Sequence[Listed]) -> tuple[Found | None, ...]:
         """Returns what the name means on each backend, in their order; None where it means nothing.

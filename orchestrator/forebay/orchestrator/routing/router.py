@@ -19,6 +19,7 @@ from forebay.kit.failure import (
     CapabilityUnsupported,
     ContextExceeded,
     Failure,
+    MemoryExhausted,
     ModelNotFound,
     ModelQuarantined,
     NoBackend,
@@ -29,7 +30,7 @@ from forebay.orchestrator.config import ScorerWeights
 from forebay.orchestrator.routing import affinity as prefixes
 from forebay.orchestrator.routing.affinity import Affinity
 from forebay.orchestrator.routing.classify import Traits, classify
-from forebay.orchestrator.routing.filters import FILTERS, Question
+from forebay.orchestrator.routing.filters import FILTERS, Question, is_cold
 from forebay.orchestrator.routing.matching import Found, Match, Matcher
 from forebay.orchestrator.routing.pickers import PICKERS
 from forebay.orchestrator.routing.scorers import SCORERS
@@ -104,7 +105,7 @@ class Decision:
     chain: Sequence[int] = ()
     """What stands for the conversation in `Affinity`. Empty if it is not remembered."""
 
-    def failure(self) -> Failure:
+    def failure(self) -> Failure:  # noqa: PLR0911  # a line for each way of having nobody
         """Returns what to tell the caller if there is none to choose."""
         refusals = {candidate.name: candidate.detail for candidate in self.candidates}
         listed = "; ".join(f"{name}: {detail}" for name, detail in refusals.items())
@@ -129,6 +130,10 @@ class Decision:
         if by == {"context"}:
             return ContextExceeded(
                 f"the request does not fit model {self.model} ({listed})", metadata=metadata
+            )
+        if by == {"memory"}:
+            return MemoryExhausted(
+                f"no backend has room for model {self.model} ({listed})", metadata=metadata
             )
         if "room" in by:
             return QueueFull(
@@ -171,11 +176,15 @@ class Router:
         matcher: Matcher | None = None,
         affinity: Affinity | None = None,
     ) -> None:
-        self._weights: dict[str, float] = {name: getattr(weights, name) for name in SCORERS}
-        self._picker = PICKERS[picker]
         self._source = source
         self._matcher = matcher or Matcher()
         self._affinity = affinity
+        self.change(weights=weights, picker=picker)
+
+    def change(self, *, weights: ScorerWeights, picker: str) -> None:
+        """Compares backends by other weights, or takes them by another picker, from now on."""
+        self._weights: dict[str, float] = {name: getattr(weights, name) for name in SCORERS}
+        self._picker = PICKERS[picker]
 
     def decide(
         self,
@@ -294,7 +303,7 @@ class Router:
             silent.add("speed")
         if not any(question.endpoint.outstanding_tokens for question in questions):
             silent.add("tokens")
-        if not any(question.endpoint.memory is not None for question in questions):
+        if not any(map(_knows_of_room, questions)):
             silent.add("memory")
         return [name for name in SCORERS if name not in silent]
 
@@ -391,6 +400,14 @@ def _meaning(
 def _figures(question: Question) -> Sequence[Figures]:
     figures = question.endpoint.figures.get(question.found.id) if question.found is not None else None
     return () if figures is None else (figures,)
+
+
+def _knows_of_room(question: Question) -> bool:
+    """Whether anything is known of the memory that a model would be loaded into."""
+    found, endpoint = question.found, question.endpoint
+    if endpoint.memory is not None:
+        return True
+    return found is not None and is_cold(found) and bool(endpoint.room(found.id).limit)
 
 
 def _check_names(names: Sequence[str], snapshot: Snapshot) -> None:

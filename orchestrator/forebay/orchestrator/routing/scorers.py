@@ -6,7 +6,8 @@ from collections.abc import Callable, Mapping
 from typing import TypeAlias
 
 from forebay.inference.v1 import inference_pb2 as pb
-from forebay.orchestrator.routing.filters import Question
+from forebay.orchestrator.placement.room import estimate
+from forebay.orchestrator.routing.filters import Question, is_cold
 from forebay.orchestrator.routing.view import Figures, bucket_of
 
 Scorer: TypeAlias = Callable[[Question], float]
@@ -65,9 +66,14 @@ def load(question: Question) -> float:
 
 
 def proven(question: Question) -> float:
-    """How sure it is that the model can do what the request needs. Tried is better than said."""
-    reports = {report.capability: report for report in question.found.capabilities} if question.found else {}
-    return min(_certainty(reports.get(need)) for need in question.traits.needs)
+    """How sure the needed capabilities are. Tried is better than said, and a word kept than one broken."""
+    found, doubts = question.found, question.endpoint.doubts
+    reports = {report.capability: report for report in found.capabilities} if found else {}
+    name = found.id if found else ""
+    return min(
+        _certainty(reports.get(need)) * (1.0 - doubts.get((name, int(need)), 0.0))
+        for need in question.traits.needs
+    )
 
 
 def _certainty(report: pb.CapabilityReport | None) -> float:
@@ -157,9 +163,16 @@ def affinity(question: Question) -> float:
 
 
 def memory(question: Question) -> float:
-    """Whether there is room for the model: 0.0 if it does not fit, 1.0 if it fits twice, or is loaded."""
+    """Whether there is room for the model: 1.0 if there is, or it is loaded, less if others have to leave."""
     found, shared = question.found, question.endpoint.memory
-    if found is None or shared is None or found.state == pb.Model.STATE_ACTIVE:
+    if found is None or not is_cold(found):
+        return 1.0
+    room, size = question.endpoint.room(found.id), estimate(found)
+    if room.limit:  # the account knows more than its backend does
+        if size <= room.free:
+            return 1.0
+        return 0.5 if size <= room.free + room.evictable else 0.0
+    if shared is None:
         return 1.0
     need = found.memory_bytes or found.disk_bytes
     rooms = []

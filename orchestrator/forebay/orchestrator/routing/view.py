@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 from forebay.inference.v1 import inference_pb2 as pb
+from forebay.orchestrator.placement.room import ROOMY, Room
 
 BUCKETS = (256, 1024, 4096, 16384, 0)
 """Longest prompts, in tokens, whose times to the first delta are counted together. The last has no bound."""
@@ -77,6 +78,10 @@ class EndpointView:
     """Recent seconds to the first delta. None is not known."""
     success_rate: float = 1.0
     """Recent share of calls that it did not fail."""
+    room: Callable[[str], Room] = lambda model: ROOMY
+    """How much room there is for a model. Asked for when it matters, which is seldom."""
+    doubts: Mapping[tuple[str, int], float] = field(default_factory=dict)
+    """How far its word was not kept lately, in (0.0, 1.0], by model and capability."""
     outstanding_tokens: float = 0.0
     """Tokens to read and to write that those calls may still need, roughly."""
     figures: Mapping[str, Figures] = field(default_factory=dict)

@@ -38,13 +38,13 @@ SAMPLE = 1.0
 """Seconds between two samples of the charts."""
 
 MOST_PAGES = 32
-"""Pages open at once. Each costs about a millisecond a second."""
+"""Pages open at once. Each costs a few milliseconds a second while a hundred requests are in progress."""
 
 STUCK = 30.0
 """Seconds after which a page that takes nothing is given up."""
 
-_MOST_ACTIVE, _MOST_ENDED = 100, 100
-"""Requests that one event tells of: more than a screen holds."""
+_MOST_ACTIVE = 100
+"""Requests in progress that one event tells of: more than a screen holds."""
 
 _FOLDER = Path(__file__).parent / "page"
 
@@ -134,9 +134,11 @@ class Dashboard:
         # What is opened in a tab may come from anywhere; what a page asks for, only from our own.
         is_page = request.path == "/" and request.headers.get("Sec-Fetch-Mode", "navigate") == "navigate"
         is_foreign = request.headers.get("Sec-Fetch-Site", "none") not in {"none", "same-origin"}
-        # A browser names the origin even of our own page when it asks for its script.
-        own = f"{request.scheme}://{request.headers['Host']}"
-        if request.headers.get("Origin", own) != own or (is_foreign and not is_page):
+        # A browser names the origin even of our own page when it asks for its script. It is HTTPS where a
+        # proxy before us speaks that.
+        host, origin = request.headers["Host"], request.headers.get("Origin")
+        is_own = origin in {None, f"http://{host}", f"https://{host}"}
+        if not is_own or (is_foreign and not is_page):
             raise web.HTTPForbidden(text="This dashboard is not for other sites.\n")
         if self._digests and not auth.is_known(_token(request), self._digests):
             raise web.HTTPUnauthorized(
@@ -162,15 +164,19 @@ class Dashboard:
         return response
 
     async def _stream(self, response: web.StreamResponse) -> None:
-        watch = self._activity.watch(most_active=_MOST_ACTIVE, most_ended=_MOST_ENDED)
+        watch = self._activity.watch(most_active=_MOST_ACTIVE)
         samples, seen = self._history.since(0)
         kind = "hello"
-        more: dict[str, Json] = {"trace_url": self._settings.trace_url, "names": list(self._fleet.names)}
-        with self._fleet.feed.watch(self._fleet.names) as changes:
+        more: dict[str, Json] = {"trace_url": self._settings.trace_url}
+        fleet = self._fleet
+        with fleet.feed.watch(fleet.names) as changes:
             while not self._closing.is_set():
                 told = view.activity(watch.look()) | more
                 told["samples"] = samples
-                told["backends"] = view.backends(self._fleet[name].to_proto() for name in changes.take())
+                names = fleet.names  # a reload of the configuration changes them
+                told["names"] = list(names)
+                changed = [name for name in changes.take() if name in names]
+                told["backends"] = view.backends(fleet[name].to_proto() for name in changed)
                 async with asyncio.timeout(STUCK):
                     await response.write(b"event: %b\ndata: %b\n\n" % (kind.encode(), orjson.dumps(told)))
                 with contextlib.suppress(TimeoutError):

@@ -73,17 +73,21 @@ class WatchBackendsResponse(google.protobuf.message.Message):
     DESCRIPTOR: google.protobuf.descriptor.Descriptor
 
     BACKEND_FIELD_NUMBER: builtins.int
+    REMOVED_FIELD_NUMBER: builtins.int
+    removed: builtins.bool
+    """True if the configuration no longer has it."""
     @property
     def backend(self) -> Global___Backend:
-        """The backend as it is now."""
+        """The backend as it is now. Only its name if it was removed."""
 
     def __init__(
         self,
         *,
         backend: Global___Backend | None = ...,
+        removed: builtins.bool = ...,
     ) -> None: ...
     def HasField(self, field_name: typing.Literal["backend", b"backend"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["backend", b"backend"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["backend", b"backend", "removed", b"removed"]) -> None: ...
 
 Global___WatchBackendsResponse: typing_extensions.TypeAlias = WatchBackendsResponse
 

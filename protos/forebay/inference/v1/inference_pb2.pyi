@@ -1961,3 +1961,51 @@ class WeightIdentity(google.protobuf.message.Message):
     def ClearField(self, field_name: typing.Literal["digest", b"digest", "family", b"family", "format", b"format", "parameter_count", b"parameter_count", "quantization", b"quantization", "size_label", b"size_label"]) -> None: ...
 
 Global___WeightIdentity: typing_extensions.TypeAlias = WeightIdentity
+
+@typing.final
+class FailedAttempts(google.protobuf.message.Message):
+    """The attempts of a request that failed, in the order in which they were made.
+    A detail of the `google.rpc.Status` that a call ends with.
+    """
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    ATTEMPTS_FIELD_NUMBER: builtins.int
+    @property
+    def attempts(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[Global___FailedAttempt]:
+        """The first six, if there are more."""
+
+    def __init__(
+        self,
+        *,
+        attempts: collections.abc.Iterable[Global___FailedAttempt] | None = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["attempts", b"attempts"]) -> None: ...
+
+Global___FailedAttempts: typing_extensions.TypeAlias = FailedAttempts
+
+@typing.final
+class FailedAttempt(google.protobuf.message.Message):
+    """One attempt of a request on one backend."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    BACKEND_FIELD_NUMBER: builtins.int
+    REASON_FIELD_NUMBER: builtins.int
+    MODEL_FIELD_NUMBER: builtins.int
+    backend: builtins.str
+    """The backend's name."""
+    reason: builtins.str
+    """Reason of its failure, such as `BACKEND_UNAVAILABLE`."""
+    model: builtins.str
+    """Model that was asked for."""
+    def __init__(
+        self,
+        *,
+        backend: builtins.str = ...,
+        reason: builtins.str = ...,
+        model: builtins.str = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["backend", b"backend", "model", b"model", "reason", b"reason"]) -> None: ...
+
+Global___FailedAttempt: typing_extensions.TypeAlias = FailedAttempt

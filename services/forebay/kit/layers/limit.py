@@ -69,6 +69,21 @@ class Limit:
     def __repr__(self) -> str:
         return f"<Limit {self.active}/{self.slots} queue {self.waiting}/{self.queue}>"
 
+    def resize(self, *, slots: int, queue: int, inner: Service | None = None) -> None:
+        """Changes how many calls may run and wait from now on. Those that do, go on.
+
+        Args:
+            slots: most calls at once; at least 1.
+            queue: most calls that wait.
+            inner: what serves the calls that begin to run from now on; None leaves it as it is.
+        """
+        self.slots, self.queue = slots, queue
+        if inner is not None:
+            self._inner = inner
+        while self._waiters and self.active < self.slots:
+            self.active += 1
+            self._grant()
+
     async def __call__(self, call: Call[Request], send: Send) -> None:
         """Serves a call when it is its turn.
 
@@ -115,13 +130,16 @@ class Limit:
 
     def _release(self) -> None:
         """Hands a permit to who is next, or keeps it for who comes."""
-        if self._waiters:
-            waiter = self._waiters.pop(0)
-            waiter.granted = True
-            waiter.moved.set()
-            self._wake_from(0)
+        if self._waiters and self.active <= self.slots:
+            self._grant()
         else:
             self.active -= 1
+
+    def _grant(self) -> None:
+        waiter = self._waiters.pop(0)
+        waiter.granted = True
+        waiter.moved.set()
+        self._wake_from(0)
 
     def _wake_from(self, place: int) -> None:
         for waiter in self._waiters[place:]:

@@ -56,11 +56,10 @@ class ModelFacts:
     """Such as `4bit` or `float16`. Empty if it is not known."""
     format: str
     """File format of the weights: `safetensors`."""
-    digest: str
-    """`sha256:` and the digest of the configuration and of every header and size of the weights' files.
+    outline: str
+    """Digest of the configuration and of every header and size of the weights' files.
 
-    Equal folders have equal digests. It is no digest of the weights
-    themselves: reading those would take minutes for a large model.
+    Equal folders have equal ones. It says nothing of the weights themselves: see `identity`.
     """
     context_token_count: int
     """Most tokens of prompt and reply together, or of a text to embed, that the model was made for.
@@ -122,7 +121,7 @@ def _describe(path: Path, stamp: tuple[tuple[str, int, int], ...]) -> ModelFacts
         parameter_count=parameters,
         quantization=quantization,
         format="safetensors",
-        digest=f"sha256:{digest.hexdigest()}",
+        outline=digest.hexdigest(),
         context_token_count=_context(text) if recipe is None else recipe.token_count,
         disk_bytes=sum(sizes.values()),
         weight_bytes=sum(sizes[name] for name in weights),

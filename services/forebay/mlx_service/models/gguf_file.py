@@ -7,6 +7,7 @@ is left of the file before anything of that length is read.
 from __future__ import annotations
 
 import struct
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -51,6 +52,18 @@ class Head:
 
     metadata: Mapping[str, Value]
     tensors: tuple[Tensor, ...]
+
+    @property
+    def most_common_type(self) -> str:
+        """The type that most of its tensors of two dimensions have: those are the weights. Empty is none."""
+        counts = Counter(tensor.type for tensor in self.tensors if len(tensor.shape) > 1)
+        return counts.most_common(1)[0][0] if counts else ""
+
+    @property
+    def context_token_count(self) -> int:
+        """Most tokens that the model was made for. 0 is unknown."""
+        value = self.metadata.get(f"{self.text('general.architecture')}.context_length")
+        return value if isinstance(value, int) and not isinstance(value, bool) else 0
 
     def integer(self, key: str, default: int | None = None) -> int:
         """Returns an integer of the metadata.

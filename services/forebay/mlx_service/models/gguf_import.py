@@ -25,36 +25,11 @@ from typing import TypeAlias
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
 
+from forebay.mlx_service.models.gguf_check import GROUP_SIZE, QUANTIZED, check, mlx_name, words
 from forebay.mlx_service.models.gguf_file import GgufError, Head, read_head
 
 Report: TypeAlias = Callable[[str, float], None]
 """Is told what is done now and which fraction of the whole is done."""
-
-QUANTIZED = {"Q4_0": 4, "Q4_1": 4, "Q8_0": 8}
-"""Bits of the block formats that have a form in mlx."""
-
-GROUP_SIZE = 32
-"""Weights in a block of each of them."""
-
-SUPPORTED = frozenset({*QUANTIZED, "F16", "F32"})
-
-_NAMES = {
-    "token_embd": "model.embed_tokens",
-    "output_norm": "model.norm",
-    "output": "lm_head",
-}
-
-_BLOCK_NAMES = {
-    "attn_q": "self_attn.q_proj",
-    "attn_k": "self_attn.k_proj",
-    "attn_v": "self_attn.v_proj",
-    "attn_output": "self_attn.o_proj",
-    "attn_norm": "input_layernorm",
-    "ffn_gate": "mlp.gate_proj",
-    "ffn_up": "mlp.up_proj",
-    "ffn_down": "mlp.down_proj",
-    "ffn_norm": "post_attention_layernorm",
-}
 
 _LLAMA3_WORDS = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
@@ -81,7 +56,7 @@ def convert(source: Path, folder: Path, report: Report = lambda what, fraction: 
         raise FileExistsError(f"{folder} is there already")
     report("reading the head", 0.0)
     head = read_head(source)
-    _check(head)
+    check(head)
     config = _config(head)
     tokenizer = _tokenizer(head)
     folder.parent.mkdir(parents=True, exist_ok=True)
@@ -99,35 +74,6 @@ def convert(source: Path, folder: Path, report: Report = lambda what, fraction: 
         shutil.rmtree(scratch, ignore_errors=True)
         raise
     report("done", 1.0)
-
-
-def _check(head: Head) -> None:
-    """Refuses what would load and then talk nonsense."""
-    architecture = head.text("general.architecture")
-    if architecture != "llama":
-        raise GgufError(f"models of architecture {architecture or 'unknown'} cannot be converted, only llama")
-    if head.integer("llama.expert_count", 0):
-        raise GgufError("mixture-of-experts models cannot be converted")
-    if head.metadata.get("llama.rope.scaling.type", "none") != "none" or any(
-        tensor.name == "rope_freqs.weight" for tensor in head.tensors
-    ):
-        raise GgufError("models with scaled rotary positions cannot be converted: fetch their MLX version")
-    unsupported = Counter(tensor.type for tensor in head.tensors if tensor.type not in SUPPORTED)
-    if unsupported:
-        found = ", ".join(f"{kind} ({count} tensors)" for kind, count in sorted(unsupported.items()))
-        raise GgufError(
-            f"weights of type {found} cannot be converted without blowing them up; "
-            f"use a file of type {', '.join(sorted(SUPPORTED))}, or the model's MLX version"
-        )
-    for tensor in head.tensors:
-        _mlx_name(tensor.name)
-    if head.text("tokenizer.ggml.model") != "gpt2":
-        raise GgufError(
-            f"tokenizers of kind {head.text('tokenizer.ggml.model') or 'unknown'} cannot be converted, only "
-            "gpt2"
-        )
-    if not head.text("tokenizer.chat_template"):
-        raise GgufError("the file has no chat template, so the model cannot hold a conversation")
 
 
 def _config(head: Head) -> dict[str, object]:
@@ -166,7 +112,7 @@ def _config(head: Head) -> dict[str, object]:
 def _quantization(head: Head) -> dict[str, object]:
     """What most tensors have, and by name those that differ."""
     bits = {
-        _mlx_name(t.name).removesuffix(".weight"): QUANTIZED[t.type]
+        mlx_name(t.name).removesuffix(".weight"): QUANTIZED[t.type]
         for t in head.tensors
         if t.type in QUANTIZED
     }
@@ -177,19 +123,10 @@ def _quantization(head: Head) -> dict[str, object]:
     return {"group_size": GROUP_SIZE, "bits": most, **others}
 
 
-def _mlx_name(name: str) -> str:
-    parts = name.split(".")
-    if len(parts) == 2 and parts[0] in _NAMES:
-        return f"{_NAMES[parts[0]]}.{parts[1]}"
-    if len(parts) == 4 and parts[0] == "blk" and parts[2] in _BLOCK_NAMES:
-        return f"model.layers.{parts[1]}.{_BLOCK_NAMES[parts[2]]}.{parts[3]}"
-    raise GgufError(f"the file has a tensor {name} that a llama has not")
-
-
 def _write_weights(source: Path, head: Head, target: Path) -> None:
     from forebay.mlx_service.models import gguf_weights  # noqa: PLC0415  # mlx only once the file is known good
 
-    gguf_weights.write(source, target, _mlx_name, expected=len(head.tensors))
+    gguf_weights.write(source, target, mlx_name, expected=len(head.tensors))
 
 
 def _tokenizer(head: Head) -> Tokenizer:
@@ -200,10 +137,10 @@ def _tokenizer(head: Head) -> Tokenizer:
         raise GgufError("the file's tokenizer is incomplete")
     vocabulary = {token: i for i, token in enumerate(tokens)}
     try:
-        tokenizer = Tokenizer(models.BPE(vocabulary, merges, ignore_merges=_words(head) == "llama-bpe"))
+        tokenizer = Tokenizer(models.BPE(vocabulary, merges, ignore_merges=words(head) == "llama-bpe"))
     except Exception as error:
         raise GgufError(f"the file's tokenizer is broken: {error}") from error
-    tokenizer.pre_tokenizer = _pre_tokenizer(_words(head))
+    tokenizer.pre_tokenizer = _pre_tokenizer(words(head))
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.add_special_tokens(
         [
@@ -227,26 +164,20 @@ def _pair(merge: str) -> tuple[str, str]:
     return left, right
 
 
-def _words(head: Head) -> str:
-    return head.text("tokenizer.ggml.pre", "default")
-
-
-def _pre_tokenizer(words: str) -> pre_tokenizers.PreTokenizer:
+def _pre_tokenizer(manner: str) -> pre_tokenizers.PreTokenizer:
     """How text is cut into words before they are cut into tokens."""
-    if words == "smollm":
+    if manner == "smollm":
         return pre_tokenizers.Sequence(
             [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
         )
-    if words in {"default", "gpt-2"}:
+    if manner in {"default", "gpt-2"}:
         return pre_tokenizers.ByteLevel(add_prefix_space=False)
-    if words == "llama-bpe":
-        return pre_tokenizers.Sequence(
-            [
-                pre_tokenizers.Split(Regex(_LLAMA3_WORDS), "isolated"),
-                pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-            ]
-        )
-    raise GgufError(f"the file's tokenizer cuts words in the manner of {words}, which is not known here")
+    return pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(_LLAMA3_WORDS), "isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
 
 
 def _tokenizer_config(head: Head) -> Mapping[str, object]:

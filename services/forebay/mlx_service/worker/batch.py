@@ -6,6 +6,7 @@ Everything here runs on the engine's thread.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -20,6 +21,8 @@ class Prefilled:
     uid: int
     done: int
     total: int
+    stopped: bool = False
+    """Whether it is where reading was to stop, so that what was read can be looked at."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,6 +77,7 @@ class Batch:
         processors: Sequence[Processor],
         caches: list[KVCache] | None = None,
         cached: int = 0,
+        stops: Sequence[int] = (),
     ) -> int:
         """Adds a row and returns its number. The prompt is read in the steps that follow.
 
@@ -83,9 +87,11 @@ class Batch:
             most: tokens to generate at most; at least one.
             sampler: picks the tokens.
             processors: change the logits first. Must not raise.
+            stops: after how many tokens, in order, one step is to end and the next to begin.
         """
-        (uid,) = self._generator.insert(
-            [list(tokens[cached:])],
+        places = [cached, *stops, len(tokens)]
+        (uid,) = self._generator.insert_segments(
+            [[list(tokens[begin:end]) for begin, end in itertools.pairwise(places)]],
             [most],
             caches=[caches],
             all_tokens=[list(tokens[:cached])],  # processors look at all of the prompt
@@ -98,7 +104,12 @@ class Batch:
         """Generates a token a row and reads one chunk of one prompt."""
         prompts, tokens = self._generator.next()
         return (
-            [Prefilled(p.uid, int(p.progress[0]), int(p.progress[1])) for p in prompts],
+            [
+                Prefilled(
+                    p.uid, int(p.progress[0]), int(p.progress[1]), p.end_of_segment and not p.end_of_prompt
+                )
+                for p in prompts
+            ],
             [
                 Generated(
                     t.uid,
@@ -110,6 +121,14 @@ class Batch:
                 for t in tokens
             ],
         )
+
+    def peek(self, uid: int) -> Kept | None:
+        """Returns what attention holds of a row that stays. See `remove`."""
+        with mx.stream(self._generator.stream):
+            found = self._generator.extract_cache([uid]).get(uid)
+        if found is None or any(cache.empty() for cache in found[0]):
+            return None
+        return Kept(tuple(found[1]), list(found[0]))
 
     def remove(self, uid: int) -> Kept | None:
         """Takes a row out, whatever it is at, and returns what attention holds of it.

@@ -30,6 +30,7 @@ from __future__ import annotations
 import asyncio
 import gc
 import heapq
+import itertools
 import logging
 import os
 import queue
@@ -52,17 +53,23 @@ from forebay.kit.failure import (
 )
 from forebay.mlx_service.ledger import mib
 from forebay.mlx_service.worker.batch import Batch, Generated, Kept, Prefilled, top_tokens
+from forebay.mlx_service.worker.cache_layout import Layout
 from forebay.mlx_service.worker.lanes import Lanes
 from forebay.mlx_service.worker.memory import KvCost, Ledger, is_out_of_memory, probe, read_memory
-from forebay.mlx_service.worker.prefix_cache import PrefixCache, PrefixStats, why_not
+from forebay.mlx_service.worker.prefix_cache import MOST_MARKS, Mark, PrefixCache, PrefixStats, why_not
+from forebay.mlx_service.worker.prefix_disk import DiskStats, DiskTier, Post
 from forebay.mlx_service.worker.pressure import FREED_SHARE, Held, Level, Pressure
+from forebay.mlx_service.worker.restoring import Restoring
 from forebay.mlx_service.worker.runtime import leave_thread, mx
 from forebay.mlx_service.worker.sampling import Array, Processor, SamplingParams, processors, sampler
 
 log = logging.getLogger(__name__)
 
-PREFILL_STEPS = (16, 32, 64, 128, 256, 512)
-"""Tokens of a prompt that may be read in one step. More than 512 hardly makes reading faster."""
+PREFILL_STEPS = (16, 32, 64, 128, 256, 512, 1024, 2048, 4096)
+"""Tokens of a prompt that may be read in one step."""
+
+PREFILL_MOST = 512
+"""How many of them are tried where nobody knows the machine. More makes only large GPUs faster."""
 
 PREFILL_SECONDS = 0.5
 """How long one such step may take. A cancelled row holds its place for it, and a new one waits for it.
@@ -75,16 +82,26 @@ ROW_RETRIES = 2
 """Times a row is read again after steps that failed. A fault that comes back is no accident."""
 
 FREED_BYTES = 2 << 30
-"""Freed memory that mlx may hold for the next step. Unbound, it grows to what the machine has."""
+"""Freed memory that mlx may hold for the next step, where nothing is said. Unbound, it takes all there is."""
 
 MEASURE_STEPS = 16
 """Steps between two looks at how much memory is in use."""
+
+FLUSH_SECONDS = 2.0
+"""How long an orderly end may take to write prefixes to disk. Whoever ends a worker gives it five."""
 
 IDLE_SECONDS = 1.0
 """Idle time after which freed buffers go back to the system. Shorter would thrash between two requests."""
 
 Loader: TypeAlias = Callable[[], tuple[object, Collection[int]]]
 """Loads a model on the engine's thread. Returns it and the tokens that end a reply."""
+
+
+class NewBatch(Protocol):
+    """Makes an empty batch. See `Batch`."""
+
+    def __call__(self, model: object, /, *, rows: int, prefill_step: int, end_tokens: Sequence[int]) -> Batch:
+        """Returns the batch."""
 
 
 class Constraint(Protocol):
@@ -121,6 +138,8 @@ class Row:
     """Rows share what was read of their prompts only with rows of the same key."""
     pin: bool = False
     """Whether what was read of the prompt stays, whatever else comes."""
+    beginnings: tuple[Mark, ...] = ()
+    """Numbers by which beginnings of the prompt are known, and their tokens."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -191,6 +210,8 @@ class EngineStats:
     """Bytes of the rows' attention caches, at the last look."""
     prefix: PrefixStats = field(default_factory=PrefixStats)
     """The prefix cache."""
+    disk: DiskStats = field(default_factory=DiskStats)
+    """Its second tier."""
     freed_bytes: int = 0
     """Memory that mlx has freed and keeps for the next step."""
     peak_bytes: int = 0
@@ -246,6 +267,7 @@ class _Live:
     since: float = 0.0
     cached: int = 0
     skipped: int = 0
+    stops: frozenset[int] = frozenset()
     number: int = 0
 
     @property
@@ -270,9 +292,9 @@ class _Guard:
         return logits
 
 
-def _step_within(seconds: float, took: float) -> int:
+def _step_within(seconds: float, took: float, most: int) -> int:
     """The most tokens that can be read in a time, if the fewest took that long."""
-    fits = [step for step in PREFILL_STEPS if took * step / PREFILL_STEPS[0] <= seconds]
+    fits = [step for step in PREFILL_STEPS if step <= most and took * step / PREFILL_STEPS[0] <= seconds]
     return max(fits, default=PREFILL_STEPS[0])
 
 
@@ -286,6 +308,11 @@ class Engine:
         prefill_step: tokens of a prompt read in one step. None measures what the device can do.
         prefixes: keeps what was read, for prompts that begin the same. None keeps nothing.
         ceiling: bytes that weights and rows may take together. None sets no bound.
+        prefill_most: most tokens of a prompt read in one step, however fast the device is.
+        freed_bytes: freed memory that mlx may hold for the next step.
+        wired_bytes: memory that macOS may not page out. 0 wires none.
+        new_batch: makes an empty batch of rows.
+        disk: makes what keeps prefixes on disk, on the engine's thread. None keeps none.
         read: tells what memory mlx holds.
     """
 
@@ -298,14 +325,26 @@ class Engine:
         prefill_step: int | None = None,
         prefixes: PrefixCache | None = None,
         ceiling: int | None = None,
+        prefill_most: int = PREFILL_MOST,
+        freed_bytes: int = FREED_BYTES,
+        wired_bytes: int = 0,
+        new_batch: NewBatch = Batch,
+        disk: Callable[[Layout, Post], DiskTier] | None = None,
         read: Callable[[], Held] = read_memory,
     ) -> None:
+        self._make_batch = new_batch
         self._load = load
+        self._prefill_most = prefill_most
+        self._freed_bytes = freed_bytes
+        self._wired_bytes = wired_bytes
         self._rows = rows
         self._queue_rows = queue_rows
         self._prefill_step = prefill_step
         self._shared_step = prefill_step
         self._prefixes = prefixes
+        self._new_disk = disk
+        self._disk: DiskTier | None = None
+        self._restoring: Restoring[_Live] | None = None
         self._commands: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._run, name="mlx-engine", daemon=True)
         self._loop: asyncio.AbstractEventLoop
@@ -390,7 +429,7 @@ class Engine:
         age = time.monotonic() - self._stepped_at if live else 0.0
         return EngineStats(
             live=live,
-            waiting=len(self._queue) + len(self._again),
+            waiting=len(self._queue) + len(self._again) + len(self._restored),
             steps=self._steps,
             last_step_age=max(0.0, age),
             memory_bytes=self._memory_bytes,
@@ -402,6 +441,7 @@ class Engine:
             ceiling_bytes=self._ledger.ceiling or 0,
             cache_bytes=self._cache_bytes,
             prefix=PrefixStats() if self._prefixes is None else self._prefixes.stats,
+            disk=DiskStats() if self._disk is None else self._disk.stats,
             freed_bytes=self._pressure.held.freed,
             peak_bytes=self._peak_bytes,
             preempted=self._preempted,
@@ -414,6 +454,19 @@ class Engine:
         self._prefix_room = self._ledger.room_for_prefixes
         self._commands.put(partial(self._limit, ceiling))
         return ceiling
+
+    @property
+    def keeps_prefixes(self) -> bool:
+        """Whether what was read of prompts is kept."""
+        return self._prefixes is not None
+
+    @property
+    def marks(self) -> tuple[int, ...]:
+        """Numbers of beginnings that are kept, newest first. See `Row.beginnings`."""
+        held = () if self._prefixes is None else self._prefixes.marks
+        if self._disk is None:
+            return held
+        return tuple(itertools.islice(dict.fromkeys((*held, *self._disk.marks)), MOST_MARKS))
 
     @property
     def has_ended(self) -> bool:
@@ -493,7 +546,9 @@ class Engine:
         # Every thread begins with the same random state; without this, equal prompts to
         # two workers would get equal "random" replies.
         mx.random.seed(int.from_bytes(os.urandom(7), "little"))
-        mx.set_cache_limit(FREED_BYTES)
+        mx.set_cache_limit(self._freed_bytes)
+        if self._wired_bytes and mx.metal.is_available():
+            mx.set_wired_limit(self._wired_bytes)
         before = int(mx.get_active_memory())
         self._model, end_tokens = self._load()
         self._pressure.weights = int(mx.get_active_memory()) - before
@@ -506,13 +561,19 @@ class Engine:
         if self._prefixes is not None and (reason := why_not(self._model)) is not None:
             log.info("no prefixes are kept of this model: %s", reason)
             self._prefixes = None
+        if self._prefixes is not None:
+            layout = self._prefixes.learn(self._model)
+            if self._new_disk is not None:
+                self._disk = self._new_disk(layout, self._commands.put)
+                self._prefixes.spill = self._disk.write
+                self._restoring = Restoring(self._prefixes, self._disk, ready=self._again_later)
         self._lanes = self._new_lanes()
         self._warm_up(2)
         took = self._warm_up(PREFILL_STEPS[0] + 1)
         if self._prefill_step is None:
             # Measured once: with steps that change all the time, low bits would differ from run to run.
-            self._prefill_step = _step_within(PREFILL_SECONDS, took)
-            self._shared_step = _step_within(SHARED_SECONDS, took)
+            self._prefill_step = _step_within(PREFILL_SECONDS, took, self._prefill_most)
+            self._shared_step = _step_within(SHARED_SECONDS, took, self._prefill_most)
             self._lanes.close()
             self._lanes = self._new_lanes()
         mx.clear_cache()
@@ -522,7 +583,7 @@ class Engine:
         return Lanes(self._new_batch, shared_step=self._shared_step)
 
     def _new_batch(self) -> Batch:
-        return Batch(
+        return self._make_batch(
             self._model,
             rows=self._rows,
             prefill_step=self._prefill_step or PREFILL_STEPS[0],
@@ -550,7 +611,7 @@ class Engine:
     def _limit(self, ceiling: int) -> None:
         mx.set_memory_limit(ceiling)  # no more than a hint: it makes mlx wait for frees, and refuses nothing
         room = max(0, ceiling - self._pressure.weights)
-        mx.set_cache_limit(min(FREED_BYTES, int(room * FREED_SHARE)))
+        mx.set_cache_limit(min(self._freed_bytes, int(room * FREED_SHARE)))
         self._pressure.limit = ceiling
         if self._prefixes is not None:
             self._prefixes.limit(self._prefix_room)
@@ -606,13 +667,16 @@ class Engine:
 
     def _drain(self) -> None:
         """Runs the commands that came. With nothing to generate it sleeps until one does."""
-        if not (self._live or self._queue or self._again):
+        restoring = self._restored
+        if not (self._live or self._again or (self._queue and len(restoring) < self._rows)):
             self._measure()  # what the last row held must not count against the next one
             try:
                 command = self._commands.get(timeout=IDLE_SECONDS)
             except queue.Empty:
                 mx.clear_cache()
                 self._measure()
+                if restoring:
+                    return
                 command = self._commands.get()
             self._stepped_at = time.monotonic()
             command()
@@ -635,6 +699,9 @@ class Engine:
                 self._drop(uid)
                 return
         self._aside.pop(ticket, None)
+        if self._restoring is not None:
+            for live in [live for live in self._restored if live.ticket is ticket]:
+                self._restoring.drop(live)
         self._queue = [entry for entry in self._queue if entry[2] is not ticket]
         heapq.heapify(self._queue)
         self._again = deque(live for live in self._again if live.ticket is not ticket)
@@ -654,7 +721,12 @@ class Engine:
         pin = len(live.row.tokens) - live.row.reply_count if live.row.pin else 0
         try:
             self._prefixes.limit(self._prefix_room)
-            self._prefixes.store(live.row.cache_key, kept.tokens, kept.caches, pin=pin)
+            self._prefixes.store(
+                live.row.cache_key, kept.tokens, kept.caches, pin=pin, marks=live.row.beginnings
+            )
+            if self._disk is not None and (pin or self._disk.writes_finished):
+                for stretch in self._prefixes.stretches(live.row.cache_key, kept.tokens):
+                    self._disk.write(stretch)
         except Exception as error:  # a cache that fails costs time and no reply
             log.error("the prefix cache failed and is emptied: %s", type(error).__name__, exc_info=error)
             self._prefixes.clear()
@@ -669,7 +741,11 @@ class Engine:
             return ticket.row.deadline is not None and now >= ticket.row.deadline
 
         late = [ticket for _, _, ticket in self._queue if is_late(ticket)]
-        late += [live.ticket for live in (*self._live.values(), *self._again) if is_late(live.ticket)]
+        late += [
+            live.ticket
+            for live in (*self._live.values(), *self._again, *self._restored)
+            if is_late(live.ticket)
+        ]
         for ticket in late:
             self._remove(ticket)
             self._tell(
@@ -680,31 +756,52 @@ class Engine:
         """Fills the batch: rows that a fault threw out first, one suspect at a time, then those that wait."""
         suspected = any(live.suspect for live in self._live.values())
         if self._again:
-            if not suspected:
+            if not suspected and self._may_join(self._again[0]):
                 self._insert(self._again.popleft())
             return
         admitted = False
-        while self._queue and len(self._live) < self._rows and not suspected and self._may_join():
+        if self._restoring is not None:
+            self._restoring.give_up()
+        while (
+            self._queue
+            and len(self._live) + len(self._restored) < self._rows
+            and not suspected
+            and self._may_join(self._next())
+        ):
             _, number, ticket = heapq.heappop(self._queue)
-            live = self._aside.pop(ticket, None)
-            self._insert(_Live(ticket, number=number) if live is None else live)
+            live = self._aside.pop(ticket, None) or _Live(ticket, number=number)
+            tokens = (*live.row.tokens, *live.written)
+            if self._restoring is None or not self._restoring.begin(live, live.row.cache_key, tokens):
+                self._insert(live)
             admitted = True
         if admitted or self._queue:
             for position, (_, _, ticket) in enumerate(sorted(self._queue, key=lambda entry: entry[:2])):
                 if ticket not in self._aside:  # a reply that has begun has no place in a queue to be told
                     self._tell(ticket, Waiting(position))
 
-    def _may_join(self) -> bool:
-        """Whether there is memory for the first row that waits. A row alone may always try."""
+    def _next(self) -> _Live:
+        """Returns the first row that waits."""
+        ticket = self._queue[0][2]
+        return self._aside.get(ticket) or _Live(ticket)
+
+    def _may_join(self, first: _Live) -> bool:
+        """Whether there is memory for a row. A row alone may always try."""
         if not self._live:
             return True
-        ticket = self._queue[0][2]
-        first = self._aside.get(ticket) or _Live(ticket)
         kept = 0 if self._prefixes is None else self._prefixes.stats.bytes
         rows = sum(self._cost.of(len(live.row.tokens) + len(live.written)) for live in self._live.values())
         # Rows that have just joined hold nothing yet, and what is kept of prompts makes room for rows.
         used = max(self._pressure.weights + rows, self._pressure.held.used - kept)
         return self._pressure.allows(used + self._cost.of(len(first.row.tokens) + len(first.written)))
+
+    def _again_later(self, live: _Live) -> None:
+        """Lets a row whose prefix is there in with the next that are admitted."""
+        self._again.append(live)
+
+    @property
+    def _restored(self) -> list[_Live]:
+        """Rows that wait for their prefixes."""
+        return [] if self._restoring is None else self._restoring.rows
 
     def _insert(self, live: _Live) -> None:
         row = live.row
@@ -718,10 +815,13 @@ class Engine:
             caches, live.skipped = None, 0
             if self._prefixes is not None and not live.faults:
                 caches, live.skipped = self._prefixes.find(row.cache_key, tokens)
+            if self._prefixes is not None:
+                live.stops = frozenset(self._prefixes.stops(tokens, live.skipped, row.beginnings))
             uid = self._lanes.insert(
                 tokens,
                 caches=caches,
                 cached=live.skipped,
+                stops=sorted(live.stops),
                 most=row.most - len(live.written),
                 sampler=sampler(row.sampling, position=row.reply_count + len(live.written)),
                 processors=[live.guard] if live.guard else [],
@@ -756,8 +856,12 @@ class Engine:
 
     def _on_read(self, progress: Prefilled) -> None:
         live = self._live.get(progress.uid)
-        if live is not None and not live.written:
-            done, total = progress.done + live.skipped, progress.total + live.skipped
+        if live is None:
+            return
+        done, total = progress.done + live.skipped, progress.total + live.skipped
+        if progress.stopped and done in live.stops:
+            self._keep(live, self._lanes.peek(progress.uid))
+        if not live.written:
             self._tell(live.ticket, Reading(done, total, live.since, live.cached))
 
     def _on_written(self, generated: Generated, now: float) -> None:
@@ -827,7 +931,7 @@ class Engine:
 
     def _end(self, error: BaseException | None) -> None:
         """Ends what is left and drops every array on this thread, as mlx wants."""
-        for ticket in [live.ticket for live in (*self._live.values(), *self._again)] + [
+        for ticket in [live.ticket for live in (*self._live.values(), *self._again, *self._restored)] + [
             entry[2] for entry in self._queue
         ]:
             failure: Failure = Draining("this model's worker is stopping")
@@ -839,6 +943,10 @@ class Engine:
         self._queue.clear()
         self._aside.clear()
         self._flush()
+        if self._disk is not None and self._prefixes is not None:
+            for stretch in self._prefixes.stretches() if error is None else []:
+                self._disk.write(stretch, patiently=True)
+            self._disk.close(FLUSH_SECONDS)
         if self._prefixes is not None:
             self._prefixes.clear()
         if hasattr(self, "_lanes"):

@@ -97,11 +97,18 @@ class Lanes:
         processors: Sequence[Processor],
         caches: list[KVCache] | None = None,
         cached: int = 0,
+        stops: Sequence[int] = (),
     ) -> int:
         """Adds a row to the lane that suits its length. See `Batch.insert`."""
         lane = self._lane_for(len(tokens))
         uid = lane.batch.insert(
-            tokens, most=most, sampler=sampler, processors=processors, caches=caches, cached=cached
+            tokens,
+            most=most,
+            sampler=sampler,
+            processors=processors,
+            caches=caches,
+            cached=cached,
+            stops=stops,
         )
         self._count += 1
         lane.rows[uid] = self._count
@@ -126,6 +133,11 @@ class Lanes:
             if token.ended is not None:
                 self._forget(lane, token.uid)
         return read, told
+
+    def peek(self, uid: int) -> Kept | None:
+        """Returns what attention holds of a row that stays. See `Batch.peek`."""
+        lane, inner = self._places[uid]
+        return lane.batch.peek(inner)
 
     def remove(self, uid: int) -> Kept | None:
         """Takes a row out, and returns what attention holds of it. See `Batch.remove`."""

@@ -14,7 +14,8 @@ import logging
 import os
 import stat
 import sys
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import cast
 
@@ -26,22 +27,31 @@ from forebay.kit.engine import InferenceEngine
 from forebay.kit.failure import ModelLoadFailed, printable
 from forebay.kit.logs import LogSettings
 from forebay.kit.metrics import Metrics
-from forebay.kit.server import Serving, StartError, serving
+from forebay.kit.server import Register, Serving, StartError, serving
 from forebay.kit.telemetry import Telemetry, TelemetrySettings
+from forebay.mlx_service import smg_api
 from forebay.mlx_service.host import default_ceiling
 from forebay.mlx_service.models.describe import ModelFacts, NotAModelError, describe
+from forebay.mlx_service.models.identity import Identity
+from forebay.mlx_service.shards import ShardSettings
+from forebay.mlx_service.worker import smg
+from forebay.mlx_service.worker.batch import Batch
+from forebay.mlx_service.worker.cache_layout import Layout
 from forebay.mlx_service.worker.control import controlled
 from forebay.mlx_service.worker.embedding.engine import EmbeddingEngine
 from forebay.mlx_service.worker.embedding.service import assemble
 from forebay.mlx_service.worker.embedding.texts import Texts
-from forebay.mlx_service.worker.engine import Engine
+from forebay.mlx_service.worker.engine import Engine, NewBatch
+from forebay.mlx_service.worker.followers import Followers, end_with
 from forebay.mlx_service.worker.grammar import Grammars
 from forebay.mlx_service.worker.load import load_weights
 from forebay.mlx_service.worker.memory import metal_memory
 from forebay.mlx_service.worker.prefix_cache import PrefixCache
-from forebay.mlx_service.worker.runtime import BLAS, leave_thread
+from forebay.mlx_service.worker.prefix_disk import DiskSettings, DiskTier, Post
+from forebay.mlx_service.worker.runtime import BLAS, VERSIONS, leave_thread
 from forebay.mlx_service.worker.service import Served, WorkerService
-from forebay.mlx_service.worker.weights import CpuWeights, Plan, plan
+from forebay.mlx_service.worker.sharding import Leader
+from forebay.mlx_service.worker.weights import STORED, CpuWeights, Plan, plan
 from forebay.mlx_service.worker.words import Words
 
 log = logging.getLogger(__name__)
@@ -57,6 +67,10 @@ DEFAULT_CONTEXT = 32768
 
 STOP_SECONDS = 10.0
 """How long the engine may take to end. A step takes seconds at most; longer is stuck in the driver."""
+
+DIGEST_SECONDS = 1.0
+"""How long a loaded model waits for the digest of its weights. Some 2 GB are read by then, and what is
+read later becomes known later."""
 
 WATCH_SECONDS = 0.5
 """Time between two looks at the engine and at the parent."""
@@ -97,23 +111,28 @@ async def _serve(options: argparse.Namespace, settings: ServerSettings, tracing:
     except NotAModelError as error:
         raise ModelLoadFailed(str(error)) from error
     ceiling = options.memory_ceiling or default_ceiling(psutil.virtual_memory().total, metal_memory())
-    if facts.disk_bytes > ceiling:
+    if facts.disk_bytes > ceiling * (len(options.shards.hosts) if options.shards else 1):
         raise ModelLoadFailed(
             f"{path.name}: its weights take {facts.disk_bytes} bytes and memory_ceiling is {ceiling}"
         )
-    how = plan(options.cpu_weights, facts, ceiling=ceiling, blas=BLAS)
+    identity = Identity(path, options.digests)
+    identity.start()
+    how = STORED if options.shards else plan(options.cpu_weights, facts, ceiling=ceiling, blas=BLAS)
     if how.reason:
         log.info("%s: %s; matrix products by %s", options.model_id, how.reason, BLAS or "mlx's own library")
     service, engine, words = (
-        _embedding(options, facts, how) if facts.recipe else _chat(options, facts, ceiling, how)
+        _embedding(options, facts, identity, how)
+        if facts.recipe
+        else _chat(options, facts, identity, ceiling, how)
     )
+    more = [controlled(engine, ceiling)]
+    more += _smg(service) if options.smg and isinstance(service, WorkerService) else []
     _show(engine, options.model_id, tracing.metrics)
     async with process.stop_requests() as stopped:
-        control = [controlled(engine, ceiling)]
-        async with serving(settings, inference=service, more=control, telemetry=tracing) as up:
+        async with serving(settings, inference=service, more=more, telemetry=tracing) as up:
             process.announce(SERVICE, up.address)
             async with _watching(stopped, options.parent_pid):
-                loading = asyncio.create_task(_load(words, engine))
+                loading = asyncio.create_task(_load(words, engine, identity))
                 await _first(loading, stopped)
                 failure = loading.exception() if loading.done() else None
                 if loading.done() and failure is None:
@@ -123,6 +142,7 @@ async def _serve(options: argparse.Namespace, settings: ServerSettings, tracing:
                 is_loaded = loading.done()
                 loading.cancel()
         words.close()
+        identity.close()
         code = await _end(engine, is_loaded=is_loaded, is_asked=stopped.is_set())
     if failure is not None:
         raise _load_failure(failure) from failure  # last, so that nothing is said after it
@@ -130,22 +150,34 @@ async def _serve(options: argparse.Namespace, settings: ServerSettings, tracing:
 
 
 def _chat(
-    options: argparse.Namespace, facts: ModelFacts, ceiling: int, how: Plan
+    options: argparse.Namespace, facts: ModelFacts, identity: Identity, ceiling: int, how: Plan
 ) -> tuple[InferenceEngine, Engine, Words]:
     """Puts together what generates text."""
     path: Path = options.model
     words = Words(path)
+    load: Callable[[], object] = partial(load_weights, path, how)
+    new_batch: NewBatch = Batch
+    if options.shards:
+        leader = _leader(options)
+        load, new_batch = partial(leader.load, path, options.shards.kind), leader.new_batch
+    is_kept = options.prefix_cache and not options.shards  # each rank has a part of what attention holds
     engine = Engine(
-        lambda: (load_weights(path, how), words.language.end_tokens),
+        lambda: (load(), words.language.end_tokens),
         rows=options.max_rows,
         queue_rows=options.queue,
-        prefixes=PrefixCache(max_bytes=options.prefix_cache) if options.prefix_cache else None,
+        prefixes=PrefixCache(max_bytes=options.prefix_cache) if is_kept else None,
+        new_batch=new_batch,
         ceiling=ceiling,
+        prefill_most=options.prefill_chunk,
+        freed_bytes=options.cache_limit,
+        wired_bytes=options.wired_limit,
+        disk=_disk(options, identity, how) if is_kept else None,
     )
     served = Served(
         model_id=options.model_id,
         backend=options.name,
         facts=facts,
+        identity=identity,
         context_token_count=_context(facts.context_token_count, options.context),
         default_max_tokens=options.default_max_tokens,
         rows=options.max_rows,
@@ -155,13 +187,60 @@ def _chat(
     return WorkerService(served, engine, words, Grammars(words)), engine, words
 
 
+def _smg(service: WorkerService) -> list[Register]:
+    """Puts together the interface of routers that speak `mlx.grpc.engine.MlxEngine`."""
+    found = smg_api.api()
+    return [] if found is None else [smg.register(found, *service.parts)]
+
+
+def _leader(options: argparse.Namespace) -> Leader:
+    """Puts together what runs the model with the other ranks."""
+    followers = Followers(
+        options.shards,
+        options.model,
+        cache_limit=options.cache_limit,
+        on_end=end_with(EX_LOAD, process.EX_SOFTWARE),
+    )
+
+    def start() -> Sequence[str]:
+        followers.start()
+        return followers.addresses
+
+    return Leader(followers.tell, start)
+
+
+def _disk(
+    options: argparse.Namespace, identity: Identity, how: Plan
+) -> Callable[[Layout, Post], DiskTier] | None:
+    """Returns what makes the second tier of the prefix cache, if there is to be one."""
+    if options.prefix_disk is None or not options.prefix_disk_bytes:
+        return None
+    settings = DiskSettings(
+        folder=options.prefix_disk, max_bytes=options.prefix_disk_bytes, write=options.prefix_disk_write
+    )
+
+    def whole_identity(layout: Layout) -> str:
+        identity.wait(None)
+        computed = f"{VERSIONS}, {BLAS or 'no BLAS'}, {'float32' if how.is_float32 else 'as stored'}"
+        return f"{identity.digest}, {computed}, {layout!r}" if identity.digest else ""
+
+    return lambda layout, post: DiskTier(
+        settings,
+        model=options.model,
+        identity=lambda: whole_identity(layout),
+        is_cuttable=layout.is_cuttable,
+        post=post,
+    )
+
+
 def _embedding(
-    options: argparse.Namespace, facts: ModelFacts, how: Plan
+    options: argparse.Namespace, facts: ModelFacts, identity: Identity, how: Plan
 ) -> tuple[InferenceEngine, EmbeddingEngine, Texts]:
     """Puts together what embeds text."""
     return assemble(
         options.model,
         facts,
+        identity=identity,
         model_id=options.model_id,
         backend=options.name,
         token_count=options.context,
@@ -180,6 +259,14 @@ def _lanes() -> int | None:
 
 def _show(engine: Engine | EmbeddingEngine, model_id: str, to: Metrics) -> None:
     model = {"gen_ai.request.model": to.admit(model_id)}
+    if isinstance(engine, Engine):
+        to.observe(
+            metrics.PREFIXES,
+            lambda: [
+                (engine.stats().prefix.bytes, model | {"forebay.tier": "memory"}),
+                (engine.stats().disk.bytes, model | {"forebay.tier": "disk"}),
+            ],
+        )
     to.observe(metrics.MEMORY, lambda: [(engine.stats().memory_bytes, model)])
 
 
@@ -189,9 +276,10 @@ def _load_failure(error: BaseException) -> ModelLoadFailed:
     return ModelLoadFailed(f"the model is loaded and cannot be run: {type(error).__name__}: {error}")
 
 
-async def _load(words: Words | Texts, engine: Engine | EmbeddingEngine) -> None:
+async def _load(words: Words | Texts, engine: Engine | EmbeddingEngine, identity: Identity) -> None:
     await words.load()
     await engine.start()
+    await asyncio.to_thread(identity.wait, DIGEST_SECONDS)
 
 
 async def _serve_until(
@@ -279,9 +367,26 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--prefix-cache", type=int, default=0, help="bytes for what was read of prompts; 0 keeps nothing"
     )
+    parser.add_argument("--prefix-disk", type=Path, help="folder for what leaves the prefix cache")
+    parser.add_argument("--prefix-disk-bytes", type=int, default=0, help="most bytes in it; 0 keeps nothing")
+    parser.add_argument(
+        "--prefix-disk-write", choices=("evicted", "finished"), default="evicted", help="when to write to it"
+    )
+    parser.add_argument("--digests", type=Path, help="folder in which digests of weights are remembered")
     parser.add_argument(
         "--memory-ceiling", type=int, help="bytes that weights and requests may take; else by the machine's"
     )
+    parser.add_argument(smg_api.WORKER_FLAG, action="store_true", help="serve mlx.grpc.engine.MlxEngine too")
+    parser.add_argument(
+        "--shards", type=ShardSettings.model_validate_json, help="how the model is shared, as JSON"
+    )
+    parser.add_argument(
+        "--prefill-chunk", type=int, default=512, help="most tokens of a prompt read in one step"
+    )
+    parser.add_argument(
+        "--cache-limit", type=int, default=2 << 30, help="bytes of freed memory that mlx keeps"
+    )
+    parser.add_argument("--wired-limit", type=int, default=0, help="bytes not to be paged out; 0 wires none")
     parser.add_argument(
         "--isolate-callers", action="store_true", help="keep each caller's prompts apart in the prefix cache"
     )

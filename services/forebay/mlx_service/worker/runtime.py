@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import resource
+from importlib import metadata
 
 from forebay.mlx_service import blas
 
@@ -36,7 +37,14 @@ try:
     from mlx import nn
     from mlx.utils import tree_flatten
     from mlx_lm.generate import BatchGenerator, StopSequences
-    from mlx_lm.models.cache import BatchKVCache, KVCache, make_prompt_cache
+    from mlx_lm.models.cache import (
+        ArraysCache,
+        BatchKVCache,
+        CacheList,
+        KVCache,
+        RotatingKVCache,
+        make_prompt_cache,
+    )
     from mlx_lm.tokenizer_utils import TokenizerWrapper
     from mlx_lm.utils import _get_classes as model_classes
     from mlx_lm.utils import load_config, load_model, load_tokenizer
@@ -52,6 +60,10 @@ mlx_lm.generate.maybe_set_recommended_wired_limit = lambda: None
 BatchKVCache.step = 64
 
 
+VERSIONS = ", ".join(f"{name} {metadata.version(name)}" for name in ("mlx", "mlx-lm"))
+"""What made the state that is written down. Another version may hold it otherwise."""
+
+
 def leave_thread() -> None:
     """Gives back what this thread holds of mlx. Without this the interpreter aborts at exit."""
     mx.synchronize()
@@ -60,9 +72,13 @@ def leave_thread() -> None:
 
 __all__ = [
     "BLAS",
+    "VERSIONS",
+    "ArraysCache",
     "BatchGenerator",
     "BatchKVCache",
+    "CacheList",
     "KVCache",
+    "RotatingKVCache",
     "StopSequences",
     "TokenizerWrapper",
     "leave_thread",

@@ -9,8 +9,10 @@ import uuid
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
+from pathlib import Path
 
 from forebay.inference.v1 import inference_pb2 as pb
+from forebay.kit import prefixes
 from forebay.kit.failure import (
     BackendUnavailable,
     CapabilityUnsupported,
@@ -21,6 +23,7 @@ from forebay.kit.failure import (
 from forebay.kit.pipeline import Call, Send
 from forebay.mlx_service import prompts
 from forebay.mlx_service.models.describe import ModelFacts
+from forebay.mlx_service.models.identity import Identity
 from forebay.mlx_service.worker.engine import (
     Constraint,
     Engine,
@@ -32,6 +35,7 @@ from forebay.mlx_service.worker.engine import (
     Written,
 )
 from forebay.mlx_service.worker.grammar import Grammars
+from forebay.mlx_service.worker.prefix_cache import Mark
 from forebay.mlx_service.worker.sampling import SamplingParams
 from forebay.mlx_service.worker.text import Kind, Segment, Splitter
 from forebay.mlx_service.worker.words import Prompt, Words
@@ -43,6 +47,11 @@ DEFAULT_TEMPERATURE = 0.7
 
 PIN_OPTION = "pin_prompt"
 """Option in `backend_options[mlx]`: keeps the prompt in the prefix cache until the model leaves memory."""
+
+LAST_BEGINNINGS = 2
+"""Messages, from the last, whose ends a prompt is known by, besides what every conversation shares: the
+next turn begins with all of them, and a turn that is asked again with all but the last. Earlier turns have
+told the ends of earlier messages."""
 
 LONG_PROMPT = 64
 """Tokens from which reading a prompt may take so long that people want to see progress."""
@@ -58,6 +67,8 @@ class Served:
     """Name of the backend it belongs to."""
     facts: ModelFacts
     """What its folder holds."""
+    identity: Identity
+    """Which weights these are."""
     context_token_count: int
     """Most tokens of prompt and reply together."""
     default_max_tokens: int
@@ -76,7 +87,7 @@ class Served:
             family=self.facts.family,
             size_label=self.facts.size_label,
             quantization=self.facts.quantization,
-            digest=self.facts.digest,
+            digest=self.identity.digest,
             format=self.facts.format,
             parameter_count=self.facts.parameter_count,
         )
@@ -97,6 +108,11 @@ class WorkerService:
         self._engine = engine
         self._words = words
         self._grammars = grammars
+
+    @property
+    def parts(self) -> tuple[Served, Engine, Words, Path]:
+        """What another interface to the same model is made of: it, its engine, its words and its folder."""
+        return self._served, self._engine, self._words, self._served.facts.path
 
     async def generate(self, call: Call[pb.GenerateRequest], send: Send) -> None:
         """Generates a reply."""
@@ -163,6 +179,7 @@ class WorkerService:
                     capabilities=self._capabilities(),
                     weights=served.weights,
                     disk_bytes=served.facts.disk_bytes,
+                    prefix_digests=self._engine.marks,
                     detail=served.detail,
                 )
             ]
@@ -224,7 +241,11 @@ class WorkerService:
         tools = self._tools(request, shortfalls)
         switches = self._switches(request, shortfalls)
         prefix = request.continue_from if request.HasField("continue_from") else None
-        prompt = await self._words.prompt(request.messages, tools, switches=switches, prefix=prefix)
+        counts = prefixes.beginnings(request) if self._engine.keeps_prefixes else []
+        ends = [*counts[:1], *counts[1:][-LAST_BEGINNINGS:]]
+        prompt = await self._words.prompt(
+            request.messages, tools, switches=switches, prefix=prefix, ends=ends
+        )
         most = self._most(request, len(prompt.tokens))
         constraint = await self._constraint(request, prompt, tools, shortfalls)
         row = Row(
@@ -238,13 +259,22 @@ class WorkerService:
             deadline=call.deadline,  # the loop's clock is time.monotonic, as the engine's is
             cache_key=self._cache_key(call),
             pin=_flag(request, PIN_OPTION),
+            beginnings=self._marks(call, counts, prompt) if prompt.ends else (),
         )
         return _Plan(row, prompt, tools, shortfalls.found)
 
     def _cache_key(self, call: Call[pb.GenerateRequest]) -> str:
         """Whom a prompt's beginnings are shared with: calls of the same weights and, maybe, caller alone."""
         caller = call.caller if self._served.isolates_callers else ""
-        return "\0".join((self._served.facts.digest, "", caller))  # the empty part is for an adapter
+        return "\0".join((self._served.facts.outline, "", caller))  # the empty part is for an adapter
+
+    def _marks(
+        self, call: Call[pb.GenerateRequest], counts: Sequence[int], prompt: Prompt
+    ) -> tuple[Mark, ...]:
+        """Digests of the prompt's beginnings whose end in tokens is known."""
+        caller = call.caller if self._served.isolates_callers else ""
+        chain = prefixes.digests(call.request, model=self._served.model_id, caller=caller)
+        return tuple((chain[i], prompt.ends[n]) for i, n in enumerate(counts) if n in prompt.ends)
 
     def _check_options(self, request: pb.GenerateRequest) -> None:
         options = request.backend_options["mlx"].fields if "mlx" in request.backend_options else {}

@@ -9,9 +9,9 @@ owns it.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TypeVar
 
@@ -20,6 +20,7 @@ from jinja2.exceptions import TemplateError
 from forebay.inference.v1 import inference_pb2 as pb
 from forebay.kit.failure import CapabilityUnsupported, InvalidRequest, printable
 from forebay.mlx_service import prompts
+from forebay.mlx_service.worker.beginnings import common, shared_length, tokens_within
 from forebay.mlx_service.worker.load import load_words
 from forebay.mlx_service.worker.runtime import TokenizerWrapper
 from forebay.mlx_service.worker.text import Kind, Markers, Spelling, ToolParser, spelling
@@ -53,6 +54,8 @@ class Prompt:
     """Tokens at the end that belong to the reply already."""
     begins_in: Kind
     """The part of the reply that comes next."""
+    ends: Mapping[int, int] = field(default_factory=dict)
+    """Of beginnings of so many messages, their tokens, where that was asked and can be told."""
 
 
 class Words:
@@ -96,6 +99,7 @@ class Words:
         *,
         switches: dict[str, object] | None = None,
         prefix: pb.ReplyPrefix | None = None,
+        ends: Sequence[int] = (),
     ) -> Prompt:
         """Renders a conversation, and what its reply already holds.
 
@@ -104,6 +108,7 @@ class Words:
             tools: tools to offer.
             switches: what else the template takes.
             prefix: what the reply already holds.
+            ends: beginnings, by their number of messages, whose tokens to count.
 
         Raises:
             InvalidRequest: the template refuses the conversation.
@@ -116,7 +121,42 @@ class Words:
             )
         conversation = prompts.conversation(messages)
         specs = prompts.tool_specs(tools) or None
-        return await self.run(lambda: self._render(conversation, specs, switches or {}, prefix))
+        beginnings = {count: prompts.conversation(messages[:count]) for count in ends}
+
+        def work() -> Prompt:
+            prompt = self._render(conversation, specs, switches or {}, prefix)
+            return replace(prompt, ends=self._ends(prompt, conversation, beginnings, specs, switches or {}))
+
+        return await self.run(work)
+
+    def _ends(
+        self,
+        prompt: Prompt,
+        conversation: list[prompts.TemplateMessage],
+        beginnings: Mapping[int, list[prompts.TemplateMessage]],
+        tools: list[dict[str, object]] | None,
+        switches: dict[str, object],
+    ) -> dict[int, int]:
+        if not beginnings:
+            return {}
+
+        def render(messages: Sequence[prompts.TemplateMessage], *, whole: bool = False) -> str:
+            return str(
+                self._tokenizer.apply_chat_template(
+                    messages, tools=tools, add_generation_prompt=whole, tokenize=False, **switches
+                )
+            )
+
+        text = render(conversation, whole=True)
+        encoding = self._tokenizer.backend_tokenizer.encode(text, add_special_tokens=False)
+        # What the reply holds already may have changed how the prompt's last letters are cut into tokens.
+        same = common(encoding.ids, list(prompt.tokens))
+        found = {}
+        for count, beginning in beginnings.items():
+            length = shared_length(render, text, beginning)
+            if length is not None:
+                found[count] = min(same, tokens_within(encoding.offsets, length))
+        return found
 
     def _render(
         self,

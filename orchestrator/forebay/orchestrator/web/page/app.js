@@ -8,6 +8,7 @@ const SPAN = 5 * 60 * 1000;
 const SILENCE = 4000; // Events come twice a second; after this the connection is as good as lost.
 const RECENT = 200; // Ended requests that are kept.
 const SHOWN = 60; // Those that are on the page.
+const OUTCOMES = 3000; // Ended requests that count in the tiles and the charts.
 
 const $ = (id) => document.getElementById(id);
 
@@ -57,6 +58,11 @@ function duration(seconds) {
   if (seconds < 3600) return `${Math.floor(seconds / 60)} min ${String(Math.floor(seconds % 60)).padStart(2, "0")} s`;
   if (seconds < 86400) return `${Math.floor(seconds / 3600)} h ${String(Math.floor((seconds % 3600) / 60)).padStart(2, "0")} min`;
   return `${Math.floor(seconds / 86400)} d ${Math.floor((seconds % 86400) / 3600)} h`;
+}
+
+/** Whole seconds and more, for what goes on and would flicker. */
+function lasting(seconds) {
+  return seconds < 60 ? `${Math.max(0, Math.floor(seconds))} s` : duration(seconds);
 }
 
 function count(number) {
@@ -130,10 +136,10 @@ function reset(told) {
   Object.assign(state, {
     now: told.t,
     traceUrl: told.trace_url,
-    names: told.names,
     backends: new Map(),
     samples: [],
     recent: [],
+    outcomes: [],
     active: [],
     queue: told.queue,
     totals: told.totals,
@@ -146,7 +152,7 @@ function take(told) {
   state.totals = told.totals;
   state.active = told.active;
   for (const backend of told.backends) state.backends.set(backend.name, backend);
-  for (const name of state.backends.keys()) if (!state.names.includes(name)) state.names.push(name);
+  state.names = told.names;
   state.samples.push(...told.samples);
   const begin = state.now - SPAN - 5000;
   while (state.samples.length && state.samples[0][0] < begin) state.samples.shift();
@@ -154,8 +160,18 @@ function take(told) {
     request.ended = request.created + request.elapsed * 1000;
     request.key = `${request.created}/${request.id}`;
     state.recent.unshift(request);
+    state.outcomes.push({
+      ended: request.ended,
+      began: request.created + (request.first ?? 0) * 1000,
+      // A cached reply tells nothing of how soon a backend begins.
+      first: request.cached ? null : request.first,
+      failed: request.phase === "failed",
+      backend: request.backend,
+      model: request.served || request.model,
+    });
   }
   state.recent.length = Math.min(state.recent.length, RECENT);
+  state.outcomes = state.outcomes.filter((each) => each.ended > state.now - SPAN).slice(-OUTCOMES);
 }
 
 const series = (backend) => Math.max(0, state.names.indexOf(backend)) % 6;
@@ -181,7 +197,7 @@ function showTiles() {
   if (queue.permits) $("tile-running").append(h("small", {}, ` of ${count(queue.permits)}`));
   const backends = [...state.backends.values()];
   const up = backends.filter((each) => each.state === "active").length;
-  put($("tile-running-more"), `${up} of ${backends.length} backends active`);
+  put($("tile-running-more"), `${up} of ${backends.length} backends up`);
   const waiting = queue.interactive + queue.normal + queue.batch;
   put($("tile-waiting"), waiting);
   const kinds = [["interactive", queue.interactive], ["normal", queue.normal], ["batch", queue.batch]];
@@ -189,12 +205,12 @@ function showTiles() {
   if (queue.oldest !== null) parts.push(`oldest ${duration(queue.oldest)}`);
   else if (queue.expected !== null) parts.push(queue.expected < 0.05 ? "no wait expected" : `${duration(queue.expected)} expected`);
   put($("tile-waiting-more"), parts.join(" · "));
-  const lately = state.recent.filter((each) => each.ended > state.now - SPAN);
-  const firsts = lately.filter((each) => each.first !== null && !each.cached).map((each) => each.first);
+  const lately = state.outcomes;
+  const firsts = lately.filter((each) => each.first !== null).map((each) => each.first);
   put($("tile-first"), duration(median(firsts)));
   const slow = [...firsts].sort((one, other) => one - other)[Math.min(firsts.length - 1, Math.floor(firsts.length * 0.95))];
   put($("tile-first-more"), firsts.length ? `95 % within ${duration(slow)}` : "in the last five minutes");
-  const failed = lately.filter((each) => each.phase === "failed").length;
+  const failed = lately.filter((each) => each.failed).length;
   put($("tile-failed"), failed);
   $("tile-failed").className = failed ? "figure bad" : "figure";
   put($("tile-failed-more"), `of ${lately.length} lately · ${count(totals.failed)} of ${count(totals.requests)} in all`);
@@ -215,17 +231,16 @@ function smooth(samples) {
 
 function showCharts() {
   const { now, samples } = state;
-  const marks = state.recent
-    .filter((each) => each.first !== null && !each.cached && each.ended > now - SPAN)
-    .map((each) => ({
-      ms: each.created + each.first * 1000,
-      value: each.first,
-      series: series(each.backend),
-      text: `${duration(each.first)} · ${each.served || each.model} on ${each.backend}`,
-    }));
+  const begun = state.outcomes.filter((each) => each.first !== null);
+  const marks = begun.map((each) => ({
+    ms: each.began,
+    value: each.first,
+    series: series(each.backend),
+    text: `${duration(each.first)} · ${each.model} on ${each.backend}`,
+  }));
   const middle = duration(median(marks.map((each) => each.value)));
   charts.first.show(now, { marks, summary: marks.length ? `${marks.length} replies, median ${middle}` : "No replies" });
-  const seen = [...new Set(state.recent.filter((each) => each.first !== null && !each.cached).map((each) => each.backend))];
+  const seen = [...new Set(begun.map((each) => each.backend))];
   legend($("legend-first"), seen.sort().map((name) => [name, series(name)]));
   const last = samples.at(-1) ?? [0, 0, 0, 0];
   charts.rate.show(now, {
@@ -298,8 +313,9 @@ function showBackend(card, backend) {
   card.className = `backend ${colour}`;
   put(nodes.name, backend.name);
   put(nodes.framework, [backend.framework === backend.name ? "" : backend.framework, backend.address].filter(Boolean).join(" · "));
+  nodes.framework.title = nodes.framework.textContent;
   const lasts = (state.now - backend.since) / 1000;
-  pill(nodes.mark, [colour, backend.state === "active" ? text : `${text} for ${duration(Math.max(0, Math.floor(lasts)))}`]);
+  pill(nodes.mark, [colour, backend.state === "active" ? text : `${text} for ${lasting(lasts)}`]);
   nodes.why.hidden = !backend.detail;
   put(nodes.why, backend.detail);
   put(nodes.active, backend.slots ? `${backend.active} of ${backend.slots}` : backend.active);
@@ -311,7 +327,7 @@ function showBackend(card, backend) {
   meter(nodes.memory, ...memoryOf(backend));
   nodes.breakers.hidden = !backend.breakers.length;
   sync(nodes.breakers, backend.breakers, (each) => each.model, () => h("li"), (node, each) => {
-    const next = each.remaining === null ? "" : `, next try in ${duration(Math.ceil(each.remaining))}`;
+    const next = each.remaining === null ? "" : `, next try in ${lasting(Math.ceil(each.remaining))}`;
     put(node, `Breaker ${each.model ? `of ${each.model} ` : ""}is ${each.state.replace("_", "-")}: ${each.reason || "calls failed"}${next}`);
   });
   showModels(nodes.models, backend);
@@ -560,7 +576,7 @@ function connect() {
 
 setInterval(() => {
   if (link.source && Date.now() - link.heard > SILENCE) lose();
-  if (link.lostAt) put($("lost-text"), `Trying again, since ${duration(Math.floor((Date.now() - link.lostAt) / 1000))}. What is below was true then.`);
+  if (link.lostAt) put($("lost-text"), `Trying again, for ${lasting((Date.now() - link.lostAt) / 1000)}. What is below was true then.`);
 }, 500);
 
 connect();

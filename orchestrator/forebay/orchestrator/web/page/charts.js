@@ -74,6 +74,7 @@ export class Chart {
       text.textContent = minute === 0 ? "now" : minute === minutes ? `−${minute} min` : `−${minute}`;
     }
     let isEmpty = true;
+    const radius = this.marks.length > 120 ? 2.7 : 4;
     for (const line of this.lines) {
       const points = line.points.filter(([ms]) => ms >= begin - 2000);
       if (points.length < 2) continue;
@@ -87,7 +88,7 @@ export class Chart {
     for (const mark of this.marks) {
       if (mark.ms < begin) continue;
       isEmpty = false;
-      svg("circle", { class: `mark s${mark.series}`, cx: x(mark.ms).toFixed(1), cy: y(mark.value).toFixed(1), r: 4 }, this.root);
+      svg("circle", { class: `mark s${mark.series}`, cx: x(mark.ms).toFixed(1), cy: y(mark.value).toFixed(1), r: radius }, this.root);
     }
     this.blank.hidden = !(isEmpty && this.none);
     this.point(x, y, begin, width, height);

@@ -22,6 +22,7 @@ from forebay.kit.pipeline import Call, Send
 from forebay.mlx_service import prompts
 from forebay.mlx_service.models.describe import ModelFacts
 from forebay.mlx_service.models.embedding import Recipe, capabilities
+from forebay.mlx_service.models.identity import Identity
 from forebay.mlx_service.worker.embedding.engine import EmbeddingEngine, Vector
 from forebay.mlx_service.worker.embedding.load import load_embedder
 from forebay.mlx_service.worker.embedding.texts import Texts
@@ -47,6 +48,8 @@ class Embeds:
     """Name of the backend it belongs to."""
     facts: ModelFacts
     """What its folder holds."""
+    identity: Identity
+    """Which weights these are."""
     token_count: int
     """Most tokens of a text."""
     detail: str = ""
@@ -66,7 +69,7 @@ class Embeds:
             family=facts.family,
             size_label=facts.size_label,
             quantization=facts.quantization,
-            digest=facts.digest,
+            digest=self.identity.digest,
             format=facts.format,
             parameter_count=facts.parameter_count,
         )
@@ -310,6 +313,7 @@ def assemble(
     path: Path,
     facts: ModelFacts,
     *,
+    identity: Identity,
     model_id: str,
     backend: str,
     token_count: int | None,
@@ -321,6 +325,7 @@ def assemble(
     Args:
         path: the model's folder.
         facts: what it holds: a model that embeds.
+        identity: which weights these are.
         model_id: name under which it is asked for.
         backend: name of the backend it belongs to.
         token_count: most tokens of a text. None is what the model takes.
@@ -333,7 +338,14 @@ def assemble(
     most = min(most, token_count) if token_count else most
     texts = Texts(path, most)
     engine = EmbeddingEngine(lambda: load_embedder(path, recipe, how), longest=most, lanes=lanes)
-    served = Embeds(model_id=model_id, backend=backend, facts=facts, token_count=most, detail=how.reason)
+    served = Embeds(
+        model_id=model_id,
+        backend=backend,
+        facts=facts,
+        identity=identity,
+        token_count=most,
+        detail=how.reason,
+    )
     return EmbeddingService(served, engine, texts), engine, texts
 
 

@@ -1,0 +1,1 @@
+"""Which model is in which memory: one account for all backends, and who may load next."""
