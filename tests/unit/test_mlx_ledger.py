@@ -6,9 +6,12 @@ import asyncio
 import itertools
 import os
 import random
+import subprocess
+import sys
 from collections import defaultdict
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -495,6 +498,42 @@ async def test_the_memory_of_the_host_and_of_all_models_is_told():
         assert s.memory().reserved_bytes == GIB
         assert s.takes("a", 2 * GIB) == 3 * GIB + BESIDE
         task.cancel()
+
+
+@virtual
+async def test_of_a_model_that_machines_share_only_the_parts_here_count():
+    machine = Machine(total=32 * GIB, sizes={"a": 6 * GIB})
+    shards = {"a": {"hosts": ["127.0.0.1", "10.0.0.2"], "port": 50300}}
+    async with service(machine, shards=shards) as s:
+        s._steward._weigh = lambda folder: (12 * GIB, 0)  # more than the ceiling
+        assert s.takes("a", 12 * GIB) < 8 * GIB
+        await use(s, "a")
+        assert s.takes("a", 12 * GIB) == 6 * GIB + BESIDE
+
+
+@virtual
+async def test_all_ranks_of_a_model_that_are_here_count():
+    machine = Machine(total=32 * GIB, sizes={"a": 3 * GIB})
+    footprint = machine.host.footprint
+    machine.host = replace(
+        machine.host,
+        children=lambda pid: [7] if pid in machine.running else [],
+        footprint=lambda pid: 3 * GIB if pid == 7 else footprint(pid),
+    )
+    async with service(machine, shards={"a": {"hosts": ["127.0.0.1", "127.0.0.1"]}}) as s:
+        s._steward._weigh = lambda folder: (6 * GIB, 0)
+        await use(s, "a")
+        assert s.memory().used_bytes == 6 * GIB + BESIDE
+        assert s.takes("a", 6 * GIB) == 6 * GIB + BESIDE
+
+
+def test_children_of_a_process_are_found_and_of_none_there_are_none():
+    with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as child:
+        assert child.pid in this_host().children(os.getpid())
+        assert child.stdin is not None
+        child.stdin.close()
+    assert child.pid not in this_host().children(os.getpid())
+    assert this_host().children(child.pid) == []
 
 
 class Recorder:

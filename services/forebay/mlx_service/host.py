@@ -64,6 +64,8 @@ class Host:
     """Returns the bytes that could be taken now without harm."""
     footprint: Callable[[int], int]
     """Returns the bytes that a process holds and that come back when it ends; 0 if it is gone."""
+    children: Callable[[int], list[int]] = lambda pid: []
+    """Returns the processes that a process has started. It alone takes milliseconds."""
 
 
 def this_host() -> Host:
@@ -73,6 +75,7 @@ def this_host() -> Host:
         total=psutil.virtual_memory().total,
         available=lambda: int(psutil.virtual_memory().available),
         footprint=footprint,
+        children=children,
     )
 
 
@@ -89,6 +92,14 @@ def footprint(pid: int) -> int:
         return int(psutil.Process(pid).memory_info().rss)
     except psutil.Error:
         return 0
+
+
+def children(pid: int) -> list[int]:
+    """Returns the processes that a process has started and that still run."""
+    try:
+        return [child.pid for child in psutil.Process(pid).children()]
+    except psutil.Error:
+        return []
 
 
 def weights_in(folder: Path) -> tuple[int, int]:

@@ -103,7 +103,7 @@ class Steward:
         Raises:
             MemoryExhausted: it does not fit, even if every idle model left.
         """
-        *wishes, least = self._estimates(folder)
+        *wishes, least = self._estimates(residence.id, folder)
         async with self._turn:
             account = self.ledger.open(residence.id, least)
             try:
@@ -120,19 +120,26 @@ class Steward:
                 self.ledger.close(residence.id)
                 raise
 
-    def _estimates(self, folder: Path) -> list[int]:
+    def _estimates(self, model_id: str, folder: Path) -> list[int]:
         """Returns what a model's weights may take, the best first. Nobody leaves for any but the last.
 
         A worker on a CPU unpacks weights if its limit leaves room for that, and says by what it then
-        takes whether it did.
+        takes whether it did. Of a model that several machines share only the parts here count.
         """
         stored, unpacked = self._weigh(folder)
+        if model_id in self._settings.shards:
+            return [self._part(model_id, stored)]
         how = self._settings.cpu_weights
         if how == "stored" or sys.platform != "linux" or not unpacked:
             return [stored]
         if how == "float32":
             return [unpacked]
         return [stored] if self._settings.cpu_blas == blas.OFF else [int(unpacked / UNPACKED_ROOM), stored]
+
+    def _part(self, model_id: str, weights: int) -> int:
+        """Returns what is on this machine of so many bytes of a model's weights."""
+        shards = self._settings.shards.get(model_id)
+        return weights if shards is None else weights * shards.here // len(shards.hosts)
 
     def limit(self, residence: Residence) -> int:
         """Returns what a model's worker is to be told when it is started."""
@@ -164,7 +171,7 @@ class Steward:
             return
         before = account.report
         least = account.least
-        account.note(report, self._host.footprint(account.pid))
+        account.note(report, self._used(account))
         label = {"gen_ai.request.model": self._metrics.admit(residence.id)}
         preempted = report.preemption_count - (before.preemption_count if before is not None else 0)
         if preempted > 0:
@@ -246,7 +253,7 @@ class Steward:
         account = self.ledger.get(model_id)
         if account is not None and account.is_loaded:
             return max(account.firm, self._used(account))
-        return Account(model_id=model_id, weights=weights).least if weights else 0
+        return Account(model_id=model_id, weights=self._part(model_id, weights)).least if weights else 0
 
     def memory(self) -> pb.Memory:
         """Describes the machine and what the service takes of it."""
@@ -424,7 +431,12 @@ class Steward:
         return [each for each in self._residences.values() if each is not residence]
 
     def _used(self, account: Account) -> int:
-        return self._host.footprint(account.pid) if account.pid else 0
+        if not account.pid:
+            return 0
+        held = self._host.footprint(account.pid)
+        if account.model_id in self._settings.shards:  # ranks on this machine are its worker's children
+            held += sum(self._host.footprint(pid) for pid in self._host.children(account.pid))
+        return held
 
     def _ceiling(self) -> int:
         """Returns what models may take now: never more than the machine can give beside what others hold."""
