@@ -25,6 +25,7 @@ from forebay.mlx_service.worker.prefix_disk import DiskTier, Post
 from forebay.mlx_service.worker.pressure import Held
 from forebay.mlx_service.worker.runtime import BLAS
 from forebay.mlx_service.worker.service import Served, WorkerService
+from forebay.mlx_service.worker.speculation import Speculation
 from forebay.mlx_service.worker.weights import CpuWeights, plan
 from forebay.mlx_service.worker.words import Words
 
@@ -95,6 +96,7 @@ async def rig(
     ceiling: int | None = None,
     read: Callable[[], Held] = read_memory,
     disk: Callable[[Layout, Post], DiskTier] | None = None,
+    speculation: Speculation | None = None,
 ) -> AsyncIterator[Rig]:
     words = Words(path)
     await words.load()
@@ -110,6 +112,7 @@ async def rig(
         ceiling=ceiling,
         read=read,
         disk=disk,
+        speculation=speculation,
     )
     identity = Identity(path)
     identity.learn()

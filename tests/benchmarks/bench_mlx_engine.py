@@ -145,7 +145,7 @@ def kv_held(model: Path) -> list[tuple[int, int]]:
 
     loaded = load_weights(model)
     prompts = [[5] * count for count in (720, *[12] * 7)]
-    lanes = Lanes(lambda: Batch(loaded, rows=8, prefill_step=512, end_tokens=[]))
+    lanes = Lanes(lambda _: Batch(loaded, rows=8, prefill_step=512, end_tokens=[]))
     for prompt in prompts:
         greedy = sampler(SamplingParams(temperature=0), position=0)
         lanes.insert(prompt, most=2000, sampler=greedy, processors=())

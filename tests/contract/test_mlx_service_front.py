@@ -31,6 +31,7 @@ from forebay.kit.failure import Failure, from_rpc_error
 from forebay.kit.server import serving
 from forebay.mlx_service import __main__ as main_module
 from forebay.mlx_service import fetch
+from forebay.mlx_service.companions import Companions
 from forebay.mlx_service.config import MlxSettings
 from forebay.mlx_service.default_model import DEFAULT_MODEL
 from forebay.mlx_service.front import MlxEngine
@@ -121,22 +122,23 @@ async def front(
             **settings,
         }
     )
+    registry = Registry(roots(config), aliases=config.aliases, imports=Imports(config.cache_dir / "imports"))
+    companions = Companions(config, registry)
     launcher = Launcher(
         name=config.name,
         arguments=worker_arguments(config),
         grace=config.stop_grace.total_seconds(),
         command=command,
+        more=companions.arguments,
     )
     async with AsyncExitStack() as stack:
         stack.callback(launcher.close)
         supervisor = await stack.enter_async_context(Supervisor(config, launch=launcher))
-        registry = Registry(
-            roots(config), aliases=config.aliases, imports=Imports(config.cache_dir / "imports")
-        )
         engine = await stack.enter_async_context(
             MlxEngine(
                 config,
                 registry=registry,
+                companions=companions,
                 supervisor=supervisor,
                 hub_cache=hub_folder(config),
                 default=default,
@@ -664,7 +666,7 @@ def test_workers_are_told_what_is_configured():
     expected = (
         "--prefix-cache 7 --digests /c/digests --prefix-disk /c/prefixes --prefix-disk-bytes 1024 "
         "--prefix-disk-write finished --max-rows 3 --prefill-chunk 64 --cache-limit 9 --wired-limit 11 "
-        "--isolate-callers --default-max-tokens 99"
+        "--prompt-lookup --isolate-callers --default-max-tokens 99"
     )
     expected += " --cpu-weights stored"
     assert worker_arguments(settings) == expected.split()
@@ -672,7 +674,7 @@ def test_workers_are_told_what_is_configured():
         "FOREBAY_MLX__CPU_BLAS": "/opt/libopenblas.so",
         "FOREBAY_MLX__CPU_THREADS": "3",
     }
-    plain = MlxSettings.model_validate({"cache_dir": "/c", "prefix_cache_bytes": 0})
+    plain = MlxSettings.model_validate({"cache_dir": "/c", "prefix_cache_bytes": 0, "prompt_lookup": False})
     assert worker_arguments(plain) == ["--prefix-cache", "0", "--digests", "/c/digests"]
     assert plain.worker_environment == {"FOREBAY_MLX__CPU_BLAS": "auto"}
 

@@ -185,7 +185,7 @@ class FakeBatch:
 def lanes(**settings: int) -> tuple[Lanes, list[FakeBatch]]:
     made: list[FakeBatch] = []
     now = [0.0]
-    new = lambda: FakeBatch(made, now)  # noqa: E731
+    new = lambda view: FakeBatch(made, now)  # noqa: E731
     return Lanes(new, clock=lambda: now[0], **settings), made  # type: ignore[arg-type, return-value]  # what lanes use of it
 
 

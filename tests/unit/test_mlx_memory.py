@@ -14,8 +14,8 @@ from forebay.kit.failure import MemoryExhausted
 from forebay.mlx_service.config import MlxSettings
 from forebay.mlx_service.host import default_ceiling
 from forebay.mlx_service.service import worker_arguments
+from forebay.mlx_service.worker.balance import PADDED
 from forebay.mlx_service.worker.engine import Engine, Over, Row, Written
-from forebay.mlx_service.worker.lanes import PADDED
 from forebay.mlx_service.worker.load import load_weights
 from forebay.mlx_service.worker.memory import KvCost, Ledger, metal_memory, probe
 from forebay.mlx_service.worker.prefix_cache import PrefixCache

@@ -283,6 +283,11 @@ MEMORY = Metric(
     name="forebay.worker.memory", kind="gauge", unit="By", labels=(_MODEL,),
     meaning="Memory that MLX holds in a worker: weights, caches and temporaries. Pushed over OTLP only.",
 )  # fmt: skip
+DRAFTS = Metric(
+    name="forebay.worker.drafts", kind="gauge", unit="{token}", labels=(_MODEL, "forebay.state"),
+    meaning="Tokens that a worker guessed ahead since it started (`drafted`), and those that were right "
+    "(`accepted`). Pushed over OTLP only.",
+)  # fmt: skip
 
 CATALOG = tuple(each for each in list(globals().values()) if isinstance(each, Metric))
 """Every metric, in the order of the docs."""

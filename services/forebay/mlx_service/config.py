@@ -8,7 +8,7 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
-from forebay.kit.config import Address, ByteSize, Duration, ServerSettings
+from forebay.kit.config import Address, ByteSize, Duration, ServerSettings, Settings
 from forebay.mlx_service import blas
 from forebay.mlx_service.default_model import DEFAULT_MODEL
 from forebay.mlx_service.fetch import default_cache_dir
@@ -16,6 +16,16 @@ from forebay.mlx_service.shards import ShardSettings
 
 DIGESTS = "digests"
 """Folder within `cache_dir` in which the digests of weights are remembered."""
+
+
+class AdapterSettings(Settings):
+    """An adapter that is served as a model of its own."""
+
+    name: str = Field(min_length=1, description="Name under which it is asked for.")
+    path: Path = Field(
+        description="Folder with adapter_config.json and adapters.safetensors, as mlx-lm writes."
+    )
+    base: str = Field(min_length=1, description="Model that it was trained on, by identifier or alias.")
 
 
 class MlxSettings(ServerSettings):
@@ -127,6 +137,23 @@ class MlxSettings(ServerSettings):
         "model is unloaded; `finished` writes each reply's state at once, which survives crashes and wears "
         "the disk more.",
     )
+    prompt_lookup: bool = Field(
+        True,
+        description="Whether a reply that runs alone and repeats its prompt or itself is written several "
+        "tokens at a time, by guessing that what followed before follows again. It changes no reply, and "
+        "stops where it does not pay.",
+    )
+    draft_models: dict[str, str] = Field(
+        {},
+        description="Small models that guess ahead for a reply that runs alone: model = small model of the "
+        "same family, which takes memory too. It changes no reply, and stops where it does not pay.",
+    )
+    adapters: tuple[AdapterSettings, ...] = Field(
+        (),
+        description="LoRA adapters, each a model of its own: tables of `name`, `path` (a folder that "
+        "mlx-lm's training wrote) and `base` (the model it was trained on). They share one copy of their "
+        "base model's weights.",
+    )
     memory_ceiling: ByteSize | None = Field(
         None,
         ge=1,
@@ -212,6 +239,18 @@ class MlxSettings(ServerSettings):
     def _check_backoff(self) -> MlxSettings:
         if self.restart_backoff_min > self.restart_backoff_max:
             raise ValueError("restart_backoff_min is longer than restart_backoff_max")
+        return self
+
+    @model_validator(mode="after")
+    def _check_adapters(self) -> MlxSettings:
+        names = [adapter.name for adapter in self.adapters]
+        for adapter in self.adapters:
+            if names.count(adapter.name) > 1 or adapter.name in self.aliases:
+                raise ValueError(f"adapters: the name {adapter.name!r} is there twice")
+            if "=" in adapter.name or adapter.name == adapter.base or adapter.base in names:
+                raise ValueError(
+                    f"adapters: {adapter.name!r} needs a name of its own and a model as its base"
+                )
         return self
 
     @property

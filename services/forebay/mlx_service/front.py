@@ -11,6 +11,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import TypeVar, cast
 
+import grpc.aio
 from google.protobuf.timestamp_pb2 import Timestamp
 
 from forebay.inference.v1 import inference_pb2 as pb
@@ -28,8 +29,9 @@ from forebay.kit.failure import (
     StreamInterrupted,
 )
 from forebay.kit.pipeline import Call, Request, Send
-from forebay.kit.relay import relay_generate, relay_unary
-from forebay.mlx_service.config import DIGESTS, MlxSettings
+from forebay.kit.relay import failure_of, relay_generate, relay_unary
+from forebay.mlx_service.companions import Companions
+from forebay.mlx_service.config import DIGESTS, AdapterSettings, MlxSettings
 from forebay.mlx_service.default_model import (
     DEFAULT_EMBEDDING_MODEL,
     DEFAULT_MODEL,
@@ -66,6 +68,7 @@ class MlxEngine:
         registry: what models there are.
         supervisor: keeps the workers.
         hub_cache: where models of the Hugging Face hub are kept.
+        companions: what is loaded beside models. None is what the settings name.
         default: the embedded default model.
         embedding: the embedded default model for embeddings.
     """
@@ -77,6 +80,7 @@ class MlxEngine:
         registry: Registry,
         supervisor: Supervisor,
         hub_cache: Path,
+        companions: Companions | None = None,
         default: PackagedModel = DEFAULT_MODEL,
         embedding: PackagedFolder = DEFAULT_EMBEDDING_MODEL,
     ) -> None:
@@ -85,6 +89,7 @@ class MlxEngine:
         self._registry = registry
         self._supervisor = supervisor
         self._hub_cache = hub_cache
+        self._companions = companions or Companions(settings, registry)
         self._default = default
         self._embedding = embedding
         self._fetches = Fetches()
@@ -107,6 +112,8 @@ class MlxEngine:
                 await self._supervisor.load(
                     id_, prepare, _no_one, self._options(models_pb.LoadModelRequest())
                 )
+                if (adapter := self._companions.adapter(name)) is not None:
+                    await self._load_adapter(adapter, (id_, prepare), _ignore)
             except Failure as failure:
                 logger.warning("%s is not loaded at start: %s", name, failure.message)
 
@@ -134,7 +141,7 @@ class MlxEngine:
 
         source = await self._source(call.request.model, embeds=False)
         async with self._worker(source, waiting) as (id_, worker):
-            request = _for_worker(call, id_)
+            request = _for_worker(call, self._served(call.request.model, id_))
             with self._attempt(call, send) as watched:
                 try:
                     await relay_generate(worker.stub.Generate, request, call, watched, self._name)
@@ -156,7 +163,8 @@ class MlxEngine:
         """Has the model loaded and relays its worker's answer."""
         async with self._worker(await self._source(call.request.model), _no_one) as (id_, worker):
             with self._attempt(call):
-                return await relay_unary(worker.stub.CountTokens, _for_worker(call, id_), call, self._name)
+                request = _for_worker(call, self._served(call.request.model, id_))
+                return await relay_unary(worker.stub.CountTokens, request, call, self._name)
 
     async def list_models(self, request: pb.ListModelsRequest) -> pb.ListModelsResponse:
         """Lists the models on disk and what became of those that were loaded."""
@@ -165,14 +173,16 @@ class MlxEngine:
         entries = await self._registry.entries()
         async with asyncio.TaskGroup() as tasks:
             models = [tasks.create_task(self._describe(entry)) for entry in entries]
-        return pb.ListModelsResponse(
-            models=[task.result() for task in models], memory=self._supervisor.memory()
-        )
+        described = [task.result() for task in models]
+        described += await self._companions.describe(described, self._usable)
+        return pb.ListModelsResponse(models=described, memory=self._supervisor.memory())
 
     # ModelEngine
 
     async def get_model(self, request: models_pb.GetModelRequest) -> models_pb.GetModelResponse:
         """Describes one model."""
+        if (adapter := self._companions.adapter(request.model)) is not None:
+            return models_pb.GetModelResponse(model=await self._describe_adapter(adapter))
         entry = await self._registry.find(request.model)
         return models_pb.GetModelResponse(model=await self._describe(entry))
 
@@ -191,6 +201,9 @@ class MlxEngine:
         was_loaded = self._supervisor.residence(id_).state is State.ACTIVE
         options = self._options(request)
         residence = await self._supervisor.load(id_, prepare, waiting, options)
+        if (adapter := self._companions.adapter(request.model)) is not None:
+            await self._load_adapter(adapter, (id_, prepare), send)
+            return
         loaded = models_pb.ModelLoaded(model=await self._describe(await self._registry.find(id_)))
         if not was_loaded:
             loaded.load_duration.FromTimedelta(timedelta(seconds=residence.load_seconds))
@@ -214,12 +227,19 @@ class MlxEngine:
 
     async def unload_model(self, request: models_pb.UnloadModelRequest) -> models_pb.UnloadModelResponse:
         """Ends a model's worker; when this returns its memory is free."""
+        if (adapter := self._companions.adapter(request.model)) is not None:
+            return await self._unload_adapter(adapter, force=request.force)
         entry = await self._registry.find(request.model)
         await self._supervisor.unload(entry.id, force=request.force)
         return models_pb.UnloadModelResponse(model=await self._describe(entry))
 
     async def delete_model(self, request: models_pb.DeleteModelRequest) -> models_pb.DeleteModelResponse:
         """Removes a model of Forebay's cache or the hub's, after the last call that uses it."""
+        if (adapter := self._companions.adapter(request.model)) is not None:
+            raise PermissionDenied(
+                f"{adapter.name} is an adapter in {adapter.path}, which is yours: take it out of `adapters`",
+                metadata={"model": adapter.name},
+            )
         entry = await self._registry.find(request.model)
         if entry.removable is None:
             raise PermissionDenied(
@@ -233,6 +253,45 @@ class MlxEngine:
             await asyncio.to_thread(_remove, self._default.gguf(self._settings.cache_dir))
         self._registry.forget()
         return models_pb.DeleteModelResponse()
+
+    # Adapters: models that live in their base model's worker.
+
+    async def _load_adapter(
+        self, adapter: AdapterSettings, base: tuple[str, Prepare], send: SendLoad
+    ) -> None:
+        async with self._worker(base, _no_one) as (_, worker):
+            try:
+                async for event in worker.models.LoadModel(models_pb.LoadModelRequest(model=adapter.name)):
+                    if event.WhichOneof("event") == "progress":
+                        await send(event)
+            except (grpc.aio.AioRpcError, grpc.aio.UsageError) as error:
+                raise failure_of(error, self._name, committed=False) from error
+        loaded = models_pb.ModelLoaded(model=await self._describe_adapter(adapter))
+        await send(models_pb.LoadModelResponse(loaded=loaded))
+
+    async def _unload_adapter(
+        self, adapter: AdapterSettings, *, force: bool
+    ) -> models_pb.UnloadModelResponse:
+        id_, _ = await self._source(adapter.name)
+        worker = self._supervisor.residence(id_).usable
+        if worker is not None:
+            request = models_pb.UnloadModelRequest(model=adapter.name, force=force)
+            await relay_unary(worker.models.UnloadModel, request, None, self._name)
+        return models_pb.UnloadModelResponse(model=await self._describe_adapter(adapter))
+
+    async def _describe_adapter(self, adapter: AdapterSettings) -> pb.Model:
+        bases = []
+        with contextlib.suppress(ModelNotFound):
+            bases.append(await self._describe(await self._registry.find(adapter.base)))
+        described = await self._companions.describe(bases, self._usable)
+        return next(model for model in described if model.id == adapter.name)
+
+    def _usable(self, id_: str) -> Worker | None:
+        return self._supervisor.residence(id_).usable
+
+    def _served(self, name: str, id_: str) -> str:
+        """By what name the worker of a model knows what a caller named."""
+        return id_ if self._companions.adapter(name) is None else name
 
     # Below: what the calls above share.
 
@@ -265,9 +324,16 @@ class MlxEngine:
             embeds: whether it is to embed texts or to generate them. A model that does the other is refused
                 here: loading it would take long, and memory from others, to say the same.
         """
+        adapter = self._companions.adapter(name)
+        name = name if adapter is None else adapter.base
         try:
             entry = await self._registry.find(name)
-        except ModelNotFound:
+        except ModelNotFound as error:
+            if adapter is not None:
+                raise ModelNotFound(
+                    f"the base model of adapter {adapter.name} is not here: {error.message}",
+                    metadata={"model": adapter.name},
+                ) from error
             id_ = self._settings.aliases.get(name, name)
             if id_ not in self._packaged or not self._settings.fetch_default_model:
                 raise
@@ -278,7 +344,11 @@ class MlxEngine:
             raise ModelLoadFailed(f"{entry.id} cannot be loaded: {entry.fault}", metadata=metadata)
         if entry.facts is not None:
             _check_purpose(entry.id, entry.facts.recipe is not None, embeds)
-        return entry.id, lambda report: self._registry.folder(entry, report)
+        return entry.id, lambda report: self._folder(entry, report)
+
+    async def _folder(self, entry: Entry, report: Report) -> Path:
+        await self._companions.prepare(entry.id, report)
+        return await self._registry.folder(entry, report)
 
     @property
     def _packaged(self) -> tuple[str, str]:
@@ -412,6 +482,10 @@ def _remove(path: Path) -> None:
         shutil.rmtree(path)
     else:
         path.unlink(missing_ok=True)
+
+
+async def _ignore(event: models_pb.LoadModelResponse) -> None:
+    """Tells nobody how a load at start goes."""
 
 
 async def _no_one(residence: Residence) -> None:

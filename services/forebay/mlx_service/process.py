@@ -23,16 +23,18 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from forebay.inference.v1 import inference_pb2 as pb
 from forebay.inference.v1 import inference_pb2_grpc
 from forebay.kit.channel import connect
-from forebay.kit.failure import printable
+from forebay.kit.failure import BackendUnavailable, printable
 from forebay.kit.process import STDIN_VARIABLE
 from forebay.kit.relay import is_cancelled_here
 from forebay.mlx.v1 import worker_pb2 as worker_pb
 from forebay.mlx.v1 import worker_pb2_grpc
 from forebay.mlx_service.tool import Tail, read_lines
+from forebay.models.v1 import models_pb2_grpc
 
 if TYPE_CHECKING:
     from forebay.inference.v1.inference_pb2_grpc import InferenceServiceAsyncStub
     from forebay.mlx.v1.worker_pb2_grpc import WorkerServiceAsyncStub
+    from forebay.models.v1.models_pb2_grpc import ModelServiceAsyncStub
 
 logger = logging.getLogger(__name__)
 
@@ -68,6 +70,10 @@ class Worker(Protocol):
     @property
     def stub(self) -> InferenceServiceAsyncStub:
         """Where it takes calls."""
+
+    @property
+    def models(self) -> ModelServiceAsyncStub:
+        """Where its adapters are loaded and unloaded."""
 
     @property
     def exit_code(self) -> int | None:
@@ -114,12 +120,14 @@ class WorkerProcess:
         """Whether its socket is there. Connecting too early fails, and then gRPC waits before it retries."""
         self.stub: InferenceServiceAsyncStub = inference_pb2_grpc.InferenceServiceStub(channel)
         self._control: WorkerServiceAsyncStub = worker_pb2_grpc.WorkerServiceStub(channel)
+        self.models: ModelServiceAsyncStub = models_pb2_grpc.ModelServiceStub(channel)
         self.tail = Tail()
         self._check: grpc.aio.UnaryUnaryMultiCallable[
             health_pb2.HealthCheckRequest, health_pb2.HealthCheckResponse
         ] = health_pb2_grpc.HealthStub(channel).Check  # type: ignore[attr-defined]  # stubs know no health stub
         self._process = process
-        self.channel = channel
+        self._channel = channel
+        self._is_closed = False
         self._on_exit = on_exit
 
     def __repr__(self) -> str:
@@ -129,6 +137,17 @@ class WorkerProcess:
     def exit_code(self) -> int | None:
         """How it ended; negative is the signal. None while it runs."""
         return self._process.returncode
+
+    @property
+    def channel(self) -> grpc.aio.Channel:
+        """Leads to it.
+
+        Raises:
+            BackendUnavailable: it has ended. A stub that is made on a closed channel aborts this process.
+        """
+        if self._is_closed:
+            raise BackendUnavailable("this model's worker has ended")
+        return self._channel
 
     async def is_well(self, timeout: float) -> bool:
         """Returns whether it says within so many seconds that it serves."""
@@ -171,7 +190,7 @@ class WorkerProcess:
 
     async def stop(self, grace: float) -> None:
         """Asks it to end, kills it if it does not within so many seconds, and returns when it is gone."""
-        await self.channel.close()
+        await self._close()
         self._signal(signal.SIGTERM)
         try:
             async with asyncio.timeout(grace):
@@ -184,8 +203,12 @@ class WorkerProcess:
     async def watch(self) -> None:
         """Waits for its end. Whatever is still asked of it then fails at once."""
         await self._process.wait()
-        await self.channel.close()
+        await self._close()
         self._on_exit()
+
+    async def _close(self) -> None:
+        self._is_closed = True
+        await self._channel.close()
 
     def kill(self) -> None:
         """Ends it at once."""
@@ -206,7 +229,7 @@ class Launcher:
         environment: variables that all workers get.
         grace: seconds a worker may take to end before it is killed.
         command: program that is a worker.
-        more: returns the arguments that the worker of one model gets besides.
+        more: returns arguments that one worker gets.
     """
 
     def __init__(
@@ -217,7 +240,7 @@ class Launcher:
         environment: Mapping[str, str] | None = None,
         grace: float,
         command: Sequence[str] = (sys.executable, "-m", "forebay.mlx_service.worker"),
-        more: Callable[[str], Sequence[str]] = lambda model_id: (),
+        more: Callable[[Spec], Sequence[str]] = lambda _: (),
     ) -> None:
         self._more = more
         self._name = name
@@ -225,6 +248,7 @@ class Launcher:
         self._environment = dict(environment or {})
         self._grace = grace
         self._command = tuple(command)
+        self._more = more
         self._numbers = itertools.count(1)
         self._sockets = _private_folder()
 
@@ -280,7 +304,7 @@ class Launcher:
             argv += ["--context", str(spec.context_token_count)]
         if spec.memory_limit:
             argv += ["--memory-ceiling", str(spec.memory_limit)]
-        return [*argv, *self._more(spec.model_id)]
+        return [*argv, *self._more(spec)]
 
 
 def _private_folder() -> Path:

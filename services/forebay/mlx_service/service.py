@@ -10,6 +10,7 @@ from forebay.kit import process
 from forebay.kit.server import Serving, serving
 from forebay.kit.telemetry import Telemetry
 from forebay.mlx_service import machine, smg, smg_api, tuning
+from forebay.mlx_service.companions import Companions
 from forebay.mlx_service.config import DIGESTS, MlxSettings
 from forebay.mlx_service.front import MlxEngine
 from forebay.mlx_service.ollama_store import ollama_folder
@@ -28,21 +29,26 @@ async def serve(settings: MlxSettings, telemetry: Telemetry) -> None:
     """
     settings = await asyncio.to_thread(tuned, settings)
     interface = smg_api.api() if settings.smg else None
+    registry = Registry(
+        roots(settings), aliases=settings.aliases, imports=Imports(settings.cache_dir / "imports")
+    )
+    companions = Companions(settings, registry)
     launcher = Launcher(
         name=settings.name,
         arguments=worker_arguments(settings),
         environment=settings.worker_environment,
         grace=settings.stop_grace.total_seconds(),
-        more=lambda model_id: model_arguments(settings, model_id, interface),
+        more=lambda spec: [*model_arguments(settings, spec.model_id, interface), *companions.arguments(spec)],
     )
     try:
         async with (
-            Supervisor(settings, launch=launcher, measured=telemetry.metrics) as supervisor,
+            Supervisor(
+                settings, launch=launcher, measured=telemetry.metrics, beside=companions.draft
+            ) as supervisor,
             MlxEngine(
                 settings,
-                registry=Registry(
-                    roots(settings), aliases=settings.aliases, imports=Imports(settings.cache_dir / "imports")
-                ),
+                registry=registry,
+                companions=companions,
                 supervisor=supervisor,
                 hub_cache=hub_folder(settings),
             ) as engine,
@@ -121,6 +127,8 @@ def worker_arguments(settings: MlxSettings) -> list[str]:
     ):
         if value is not None:
             arguments += [flag, str(value)]
+    if settings.prompt_lookup:
+        arguments.append("--prompt-lookup")
     if settings.auth_token_digests or settings.tls_client_roots is not None:
         arguments.append("--isolate-callers")
     if settings.default_max_output_token_count is not None:

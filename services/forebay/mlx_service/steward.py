@@ -64,6 +64,7 @@ class Steward:
         residences: all models.
         measured: the metrics of this process.
         weigh: returns the bytes of the weights in a folder, as stored and as float32.
+        beside: returns the folder of the model that a model's worker loads in addition, if any.
     """
 
     def __init__(
@@ -74,12 +75,14 @@ class Steward:
         residences: Mapping[str, Residence],
         measured: Metrics,
         weigh: Callable[[Path], tuple[int, int]] = weights_in,
+        beside: Callable[[str], Path | None] = lambda model_id: None,
     ) -> None:
         self._settings = settings
         self._host = host
         self._residences = residences
         self._metrics = measured
         self._weigh = weigh
+        self._beside = beside
         self.ledger = Ledger(
             settings.memory_ceiling or default_ceiling(host.total, reserve=settings.memory_reserve)
         )
@@ -127,6 +130,9 @@ class Steward:
         takes whether it did. Of a model that several machines share only the parts here count.
         """
         stored, unpacked = self._weigh(folder)
+        if (draft := self._beside(model_id)) is not None:
+            more, more_unpacked = self._weigh(draft)
+            stored, unpacked = stored + more, unpacked and more_unpacked and unpacked + more_unpacked
         if model_id in self._settings.shards:
             return [self._part(model_id, stored)]
         how = self._settings.cpu_weights

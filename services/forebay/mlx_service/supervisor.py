@@ -209,6 +209,7 @@ class Supervisor:
         jitter: a number in [0.0, 1.0), anew each time, that spreads restarts.
         measured: the metrics of this process; None measures nothing.
         host: the machine whose memory is dealt out; None is this one.
+        beside: returns the folder of the model that a model's worker loads in addition, if any.
     """
 
     def __init__(
@@ -219,6 +220,7 @@ class Supervisor:
         jitter: Callable[[], float] = random.random,
         measured: Metrics | None = None,
         host: Host | None = None,
+        beside: Callable[[str], Path | None] = lambda model_id: None,
     ) -> None:
         self._settings = settings
         self._launch = launch
@@ -227,7 +229,11 @@ class Supervisor:
         self._metrics.observe(metrics.LOADED, lambda: [(self.loaded_count, {})])
         self._residences: dict[str, Residence] = {}
         self._steward = Steward(
-            settings, host=host or this_host(), residences=self._residences, measured=self._metrics
+            settings,
+            host=host or this_host(),
+            residences=self._residences,
+            measured=self._metrics,
+            beside=beside,
         )
         self._watch: asyncio.Task[None] | None = None
         self._keepers = asyncio.TaskGroup()

@@ -851,6 +851,8 @@ class Usage(google.protobuf.message.Message):
     CACHED_TOKEN_COUNT_FIELD_NUMBER: builtins.int
     OUTPUT_TOKEN_COUNT_FIELD_NUMBER: builtins.int
     REASONING_TOKEN_COUNT_FIELD_NUMBER: builtins.int
+    DRAFTED_TOKEN_COUNT_FIELD_NUMBER: builtins.int
+    ACCEPTED_TOKEN_COUNT_FIELD_NUMBER: builtins.int
     prompt_token_count: builtins.int
     """Tokens in the prompt, those found in a cache included."""
     cached_token_count: builtins.int
@@ -859,6 +861,12 @@ class Usage(google.protobuf.message.Message):
     """Tokens generated, those of the reasoning included."""
     reasoning_token_count: builtins.int
     """Tokens generated as reasoning, when known."""
+    drafted_token_count: builtins.int
+    """Tokens that were guessed ahead, by a draft model or from what was there
+    before. Guesses cost time and change no reply.
+    """
+    accepted_token_count: builtins.int
+    """Tokens generated that had been guessed."""
     def __init__(
         self,
         *,
@@ -866,8 +874,10 @@ class Usage(google.protobuf.message.Message):
         cached_token_count: builtins.int = ...,
         output_token_count: builtins.int = ...,
         reasoning_token_count: builtins.int = ...,
+        drafted_token_count: builtins.int = ...,
+        accepted_token_count: builtins.int = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["cached_token_count", b"cached_token_count", "output_token_count", b"output_token_count", "prompt_token_count", b"prompt_token_count", "reasoning_token_count", b"reasoning_token_count"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["accepted_token_count", b"accepted_token_count", "cached_token_count", b"cached_token_count", "drafted_token_count", b"drafted_token_count", "output_token_count", b"output_token_count", "prompt_token_count", b"prompt_token_count", "reasoning_token_count", b"reasoning_token_count"]) -> None: ...
 
 Global___Usage: typing_extensions.TypeAlias = Usage
 

@@ -10,7 +10,7 @@ import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from forebay.mlx_service.worker.runtime import BatchGenerator, KVCache, mx
+from forebay.mlx_service.worker.runtime import BatchGenerator, KVCache, make_prompt_cache, mx
 from forebay.mlx_service.worker.sampling import Array, Processor, Sampler
 
 
@@ -46,6 +46,30 @@ class Generated:
     """None, or `stop` after an end token, or `length` after the last token allowed."""
     kept: Kept | None = None
     """What attention holds of a row that ended."""
+    drafted: int = 0
+    """Tokens that were guessed in the step that begins with this one."""
+    accepted: bool = False
+    """Whether it was guessed, and right."""
+
+
+@dataclass(frozen=True, slots=True)
+class Taken:
+    """A row on its way out of a batch."""
+
+    following: Generated | None
+    """The token that the batch had picked and not told yet, if there is one."""
+    caches: list[KVCache]
+    """What attention holds of the tokens before it, or of all but the last if there is none."""
+
+
+def can_move(model: object) -> bool:
+    """Whether a model's rows can go from batch to batch: all caches can be taken out of one and put back."""
+    return all(hasattr(cache, "merge") for cache in make_prompt_cache(model))
+
+
+def has_plain_caches(model: object) -> bool:
+    """Whether all layers keep all keys and values, which can be cut back anywhere."""
+    return all(type(cache) is KVCache for cache in make_prompt_cache(model))
 
 
 class Batch:
@@ -60,6 +84,7 @@ class Batch:
 
     def __init__(self, model: object, *, rows: int, prefill_step: int, end_tokens: Sequence[int]) -> None:
         self._prefill_step = prefill_step
+        self._end_tokens = frozenset(end_tokens)
         self._generator = BatchGenerator(
             model,
             completion_batch_size=rows,
@@ -141,6 +166,24 @@ class Batch:
             return None
         caches, tokens = left
         return Kept(tuple(tokens), list(caches))
+
+    def take(self, uid: int) -> Taken | None:
+        """Takes a writing row out, to go on elsewhere: nothing is computed again and no draw is lost.
+
+        None leaves a row where it is whose prompt is still read, or whose next token is its last.
+        """
+        writing = self._generator._generation_batch  # noqa: SLF001 - nothing public tells what comes next
+        if uid not in writing.uids:
+            return None
+        index = writing.uids.index(uid)
+        token = int(writing._next_tokens[index].item())  # noqa: SLF001
+        if token in self._end_tokens:
+            return None
+        following = Generated(uid, token, writing._next_logprobs[index], None)  # noqa: SLF001
+        with mx.stream(self._generator.stream):
+            caches, _ = self._generator.remove([uid], return_prompt_caches=True)[uid]
+            mx.eval([cache.state for cache in caches])  # else it would hold on to the whole batch
+        return Taken(following, list(caches))
 
     def share_step(self, most: int | None) -> None:
         """Reads no more tokens of a prompt in a step than so many; None reads as many as was said first."""

@@ -41,7 +41,7 @@ from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
 from functools import partial
-from typing import Protocol, TypeAlias
+from typing import Protocol, TypeAlias, TypeVar, cast
 
 from forebay.kit.failure import (
     BackendError,
@@ -52,7 +52,7 @@ from forebay.kit.failure import (
     QueueFull,
 )
 from forebay.mlx_service.ledger import mib
-from forebay.mlx_service.worker.batch import Batch, Generated, Kept, Prefilled, top_tokens
+from forebay.mlx_service.worker.batch import Batch, Generated, Kept, Prefilled, can_move, top_tokens
 from forebay.mlx_service.worker.cache_layout import Layout
 from forebay.mlx_service.worker.lanes import Lanes
 from forebay.mlx_service.worker.memory import KvCost, Ledger, is_out_of_memory, probe, read_memory
@@ -62,6 +62,7 @@ from forebay.mlx_service.worker.pressure import FREED_SHARE, Held, Level, Pressu
 from forebay.mlx_service.worker.restoring import Restoring
 from forebay.mlx_service.worker.runtime import leave_thread, mx
 from forebay.mlx_service.worker.sampling import Array, Processor, SamplingParams, processors, sampler
+from forebay.mlx_service.worker.speculation import Speculation, SpeculationStats
 
 log = logging.getLogger(__name__)
 
@@ -92,6 +93,8 @@ FLUSH_SECONDS = 2.0
 
 IDLE_SECONDS = 1.0
 """Idle time after which freed buffers go back to the system. Shorter would thrash between two requests."""
+
+T = TypeVar("T")
 
 Loader: TypeAlias = Callable[[], tuple[object, Collection[int]]]
 """Loads a model on the engine's thread. Returns it and the tokens that end a reply."""
@@ -140,6 +143,8 @@ class Row:
     """Whether what was read of the prompt stays, whatever else comes."""
     beginnings: tuple[Mark, ...] = ()
     """Numbers by which beginnings of the prompt are known, and their tokens."""
+    view: str = ""
+    """Which view of the model writes it: an adapter's, or "" for the model itself."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -167,6 +172,10 @@ class Written:
     at: float
     logprob: float | None = None
     top: tuple[tuple[int, float], ...] = ()
+    drafted: int = 0
+    """Tokens guessed in the step that begins with this one."""
+    accepted: bool = False
+    """Whether it was guessed, and right."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -212,6 +221,10 @@ class EngineStats:
     """The prefix cache."""
     disk: DiskStats = field(default_factory=DiskStats)
     """Its second tier."""
+    moves: int = 0
+    """Times that a row changed its lane."""
+    speculation: SpeculationStats = field(default_factory=SpeculationStats)
+    """Tokens guessed."""
     freed_bytes: int = 0
     """Memory that mlx has freed and keeps for the next step."""
     peak_bytes: int = 0
@@ -313,6 +326,7 @@ class Engine:
         wired_bytes: memory that macOS may not page out. 0 wires none.
         new_batch: makes an empty batch of rows.
         disk: makes what keeps prefixes on disk, on the engine's thread. None keeps none.
+        speculation: lets a row that runs alone write several tokens a step. None never does.
         read: tells what memory mlx holds.
     """
 
@@ -330,6 +344,7 @@ class Engine:
         wired_bytes: int = 0,
         new_batch: NewBatch = Batch,
         disk: Callable[[Layout, Post], DiskTier] | None = None,
+        speculation: Speculation | None = None,
         read: Callable[[], Held] = read_memory,
     ) -> None:
         self._make_batch = new_batch
@@ -345,6 +360,7 @@ class Engine:
         self._new_disk = disk
         self._disk: DiskTier | None = None
         self._restoring: Restoring[_Live] | None = None
+        self._speculation = speculation
         self._commands: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._run, name="mlx-engine", daemon=True)
         self._loop: asyncio.AbstractEventLoop
@@ -357,10 +373,12 @@ class Engine:
         """Tokens that the model knows; 0 until it is loaded. It may be more than its tokenizer knows."""
         self._row_seconds = 1.0
         self._ledger = Ledger(ceiling, rows=rows)
+        self._view_bytes: dict[str, int] = {}
         self._prefix_room: int | None = None
         # On the engine's thread:
         self._lanes: Lanes
-        self._model: object
+        self._views: dict[str, object] = {}
+        self._view_sizes: dict[str, int] = {}
         self._end_tokens: frozenset[int]
         self._live: dict[int, _Live] = {}
         self._again: deque[_Live] = deque()
@@ -378,6 +396,7 @@ class Engine:
         self._cache_bytes = 0
         self._peak_bytes = 0
         self._widths: tuple[int, ...] = ()
+        self._moves = 0
 
     # On the event loop
 
@@ -442,6 +461,8 @@ class Engine:
             cache_bytes=self._cache_bytes,
             prefix=PrefixStats() if self._prefixes is None else self._prefixes.stats,
             disk=DiskStats() if self._disk is None else self._disk.stats,
+            moves=self._moves,
+            speculation=SpeculationStats() if self._speculation is None else self._speculation.stats,
             freed_bytes=self._pressure.held.freed,
             peak_bytes=self._peak_bytes,
             preempted=self._preempted,
@@ -454,6 +475,50 @@ class Engine:
         self._prefix_room = self._ledger.room_for_prefixes
         self._commands.put(partial(self._limit, ceiling))
         return ceiling
+
+    async def run(self, call: Callable[[], T]) -> T:
+        """Runs a call on the engine's thread, between two steps.
+
+        Raises:
+            Draining: the engine has ended.
+            Exception: whatever the call raised.
+        """
+        answer: asyncio.Future[T] = self._loop.create_future()
+        self._commands.put(partial(self._answer, call, answer))
+        await asyncio.wait((answer, self._ended), return_when=asyncio.FIRST_COMPLETED)
+        if not answer.done():
+            raise Draining("this model's worker is stopping")
+        return answer.result()
+
+    async def open_view(self, name: str, make: Callable[[object], object], *, size: int) -> None:
+        """Adds a view of the model, which rows can then name.
+
+        Args:
+            name: its name.
+            make: makes it of the model, on the engine's thread.
+            size: bytes that it takes in addition.
+
+        Raises:
+            MemoryExhausted: there is no room for it.
+            Exception: whatever `make` raised.
+        """
+        self._ledger.hold(size)
+        try:
+            await self.run(partial(self._open_view, name, make, size))
+        except BaseException:
+            self._commands.put(partial(self._close_view, name))  # it may be there all the same
+            self._ledger.weights -= size
+            raise
+        self._view_bytes[name] = size
+
+    async def close_view(self, name: str) -> None:
+        """Drops a view that no row names any more."""
+        self._ledger.weights -= self._view_bytes.pop(name)
+        await self.run(partial(self._close_view, name))
+
+    def end_view(self, name: str) -> None:
+        """Ends all rows of a view."""
+        self._commands.put(partial(self._end_view, name))
 
     @property
     def keeps_prefixes(self) -> bool:
@@ -496,8 +561,8 @@ class Engine:
         self._ledger.release(ticket)
         self._prefix_room = self._ledger.room_for_prefixes
 
-    def _weigh(self, weights: int, cost: KvCost) -> None:
-        self._ledger.weights, self._ledger.cost = weights, cost
+    def _weigh(self, weights: int, cost: KvCost, cost_alone: KvCost) -> None:
+        self._ledger.weights, self._ledger.cost, self._ledger.cost_alone = weights, cost, cost_alone
         self._prefix_room = self._ledger.room_for_prefixes
 
     def _deliver(self, news: list[tuple[Ticket, Happening]]) -> None:
@@ -550,19 +615,21 @@ class Engine:
         if self._wired_bytes and mx.metal.is_available():
             mx.set_wired_limit(self._wired_bytes)
         before = int(mx.get_active_memory())
-        self._model, end_tokens = self._load()
+        model, end_tokens = self._load()
+        self._views[""] = model
+        cost_alone = KvCost() if self._speculation is None else self._speculation.load(model)
         self._pressure.weights = int(mx.get_active_memory()) - before
         if self._ledger.ceiling is not None:
             self._limit(self._ledger.ceiling)
-        self._cost = probe(self._model)
-        self._post(self._weigh, self._pressure.weights, self._cost)
+        self._cost = probe(model)
+        self._post(self._weigh, self._pressure.weights, self._cost, cost_alone)
         mx.reset_peak_memory()
         self._end_tokens = frozenset(end_tokens)
-        if self._prefixes is not None and (reason := why_not(self._model)) is not None:
+        if self._prefixes is not None and (reason := why_not(model)) is not None:
             log.info("no prefixes are kept of this model: %s", reason)
             self._prefixes = None
         if self._prefixes is not None:
-            layout = self._prefixes.learn(self._model)
+            layout = self._prefixes.learn(model)
             if self._new_disk is not None:
                 self._disk = self._new_disk(layout, self._commands.put)
                 self._prefixes.spill = self._disk.write
@@ -576,15 +643,25 @@ class Engine:
             self._shared_step = _step_within(SHARED_SECONDS, took, self._prefill_most)
             self._lanes.close()
             self._lanes = self._new_lanes()
+        if self._speculation is not None:
+            self._speculation.start(vocabulary=self.vocabulary_size, chunk=self._prefill_step)
         mx.clear_cache()
         self._measure()
 
     def _new_lanes(self) -> Lanes:
-        return Lanes(self._new_batch, shared_step=self._shared_step)
+        return Lanes(
+            self._new_batch,
+            shared_step=self._shared_step,
+            # The other ranks of a model that is shared would not hear of a move.
+            balances=self._make_batch is Batch and can_move(self._views[""]),
+            speculation=self._speculation,
+            model_of=self._views.__getitem__,
+            end_tokens=self._end_tokens,
+        )
 
-    def _new_batch(self) -> Batch:
+    def _new_batch(self, view: str) -> Batch:
         return self._make_batch(
-            self._model,
+            self._views[view],
             rows=self._rows,
             prefill_step=self._prefill_step or PREFILL_STEPS[0],
             end_tokens=sorted(self._end_tokens),
@@ -663,6 +740,7 @@ class Engine:
         self._memory_bytes = int(mx.get_active_memory())
         self._peak_bytes = int(mx.get_peak_memory())
         self._widths = tuple(self._lanes.widths)
+        self._moves = self._lanes.moves
         self._cache_bytes = self._lanes.cache_bytes
 
     def _drain(self) -> None:
@@ -705,6 +783,43 @@ class Engine:
         self._queue = [entry for entry in self._queue if entry[2] is not ticket]
         heapq.heapify(self._queue)
         self._again = deque(live for live in self._again if live.ticket is not ticket)
+
+    def _answer(self, call: Callable[[], T], answer: asyncio.Future[T]) -> None:
+        def tell(result: T | None, error: Exception | None) -> None:
+            if answer.done():
+                return  # who asked has left
+            if error is not None:
+                answer.set_exception(error)
+            else:
+                answer.set_result(cast("T", result))
+
+        try:
+            result = call()
+        except Exception as error:  # noqa: BLE001  # told to who asked
+            self._post(tell, None, error)
+        else:
+            self._post(tell, result, None)
+
+    def _open_view(self, name: str, make: Callable[[object], object], size: int) -> None:
+        self._views[name] = make(self._views[""])
+        self._view_sizes[name] = size
+        self._pressure.weights += size
+        self._measure()
+
+    def _close_view(self, name: str) -> None:
+        if self._views.pop(name, None) is not None:
+            self._pressure.weights -= self._view_sizes.pop(name)
+            self._lanes.close_view(name)
+            gc.collect()
+            mx.clear_cache()
+            self._measure()
+
+    def _end_view(self, name: str) -> None:
+        tickets = [live.ticket for live in (*self._live.values(), *self._again, *self._restored)]
+        for ticket in [*tickets, *(entry[2] for entry in self._queue)]:
+            if ticket.row.view == name:
+                self._remove(ticket)
+                self._tell(ticket, Over("failed", Draining(f"adapter {name} is taken out of memory")))
 
     def _drop(self, uid: int) -> None:
         live = self._live.pop(uid)
@@ -825,6 +940,8 @@ class Engine:
                 most=row.most - len(live.written),
                 sampler=sampler(row.sampling, position=row.reply_count + len(live.written)),
                 processors=[live.guard] if live.guard else [],
+                view=row.view,
+                speculates=row.constraint is None,  # a format follows tokens and cannot go back
             )
         except Exception as error:  # noqa: BLE001  # told to the row's caller; the others go on
             self._fail(live.ticket, error)
@@ -876,7 +993,10 @@ class Engine:
             if live.row.top_logprobs is not None:
                 logprob = float(generated.logprobs[generated.token].item())
                 top = tuple(top_tokens(generated.logprobs, live.row.top_logprobs))
-            self._tell(live.ticket, Written(generated.token, now, logprob, top))
+            self._tell(
+                live.ticket,
+                Written(generated.token, now, logprob, top, generated.drafted, generated.accepted),
+            )
         if generated.ended is not None:
             del self._live[generated.uid]
             self._tell(live.ticket, Over(generated.ended))
@@ -951,8 +1071,9 @@ class Engine:
             self._prefixes.clear()
         if hasattr(self, "_lanes"):
             self._lanes.close()
-        if hasattr(self, "_model"):
-            del self._model
+        if self._speculation is not None:
+            self._speculation.close()
+        self._views.clear()
         self._post(self._finish, self._loaded, error)
         gc.collect()
         mx.clear_cache()

@@ -9,6 +9,9 @@ from forebay.kit.failure import ModelLoadFailed
 from forebay.mlx_service.worker.runtime import TokenizerWrapper, load_config, load_model, load_tokenizer
 from forebay.mlx_service.worker.weights import STORED, Plan, unpack
 
+SPARE_TOKENS = 0.01
+"""Share of a vocabulary by which a draft model's may be longer or shorter. Families add a few tokens."""
+
 
 def load_weights(path: Path, how: Plan = STORED) -> object:
     """Returns the model with all weights in memory. Call it on the engine's thread.
@@ -40,6 +43,34 @@ def load_words(path: Path) -> TokenizerWrapper:
         return load_tokenizer(path, eos_token_ids=config.get("eos_token_id"))
     except Exception as error:
         raise _failed(path, "its tokenizer", error) from error
+
+
+def load_draft(path: Path, large: Path, how: Plan = STORED) -> object:
+    """Returns a small model that guesses for a large one. Call it on the engine's thread.
+
+    Args:
+        path: the small model's folder.
+        large: the large model's folder.
+        how: how the small model's weights are held.
+
+    Raises:
+        ModelLoadFailed: it cannot be loaded, or its tokens are not those of the large model.
+    """
+    small_words, large_words = load_words(path), load_words(large)
+    small, known = small_words.get_vocab(), large_words.get_vocab()
+    spelled = {token: text for text, token in known.items()}
+    wrong = [token for text, token in small.items() if token in spelled and spelled[token] != text]
+    foreign = abs(len(small) - len(known))
+    if wrong or foreign > len(known) * SPARE_TOKENS:
+        what = (
+            f"token {min(wrong)} is another one" if wrong else f"it has {len(small)} tokens, not {len(known)}"
+        )
+        raise ModelLoadFailed(
+            f"{path.name} cannot guess for {large.name}, for their tokenizers differ: {what}. Name a small "
+            "model of the same family in draft_models, or none",
+            metadata={"model": large.name, "draft_model": path.name},
+        )
+    return load_weights(path, how)
 
 
 def _failed(path: Path, what: str, error: Exception) -> ModelLoadFailed:

@@ -17,7 +17,7 @@ from datetime import timedelta
 
 from forebay.kit.failure import MemoryExhausted
 from forebay.mlx_service.ledger import WANTED, mib
-from forebay.mlx_service.worker.lanes import PADDED
+from forebay.mlx_service.worker.balance import PADDED
 from forebay.mlx_service.worker.pressure import SOFT, Held
 from forebay.mlx_service.worker.runtime import BatchKVCache, make_prompt_cache, mx
 
@@ -108,13 +108,17 @@ class Ledger:
         """Bytes of the model."""
         self.cost = KvCost()
         """What rows take."""
+        self.cost_alone = KvCost()
+        """What a row that runs alone takes in addition, such as a draft model's caches."""
         self._rows = rows
         self._reserved: dict[Hashable, int] = {}
+        self._alone: dict[Hashable, int] = {}
 
     @property
     def reserved(self) -> int:
         """Bytes that those rows can come to hold that can run at once."""
-        return sum(heapq.nlargest(self._rows, self._reserved.values()))
+        together = heapq.nlargest(self._rows, self._reserved.values())
+        return sum(together) + max(self._alone.values(), default=0)
 
     @property
     def room_for_prefixes(self) -> int | None:
@@ -137,6 +141,7 @@ class Ledger:
         """
         need = self.cost.of(tokens)
         self._reserved[holder] = need
+        self._alone[holder] = self.cost_alone.of(tokens)
         if self.ceiling is None:
             return
         wanted = max(self.weights + self.reserved, in_use + need)
@@ -165,6 +170,27 @@ class Ledger:
         self.ceiling = max(ceiling, self.weights + self.reserved)
         return self.ceiling
 
+    def hold(self, size: int) -> None:
+        """Takes memory for weights that come in addition, such as an adapter's.
+
+        Raises:
+            MemoryExhausted: there is not so much left.
+        """
+        wanted = self.weights + self.reserved + size
+        if self.ceiling is not None and wanted > self.ceiling:
+            raise MemoryExhausted(
+                f"an adapter of {mib(size)} has no room beside the model's {mib(self.weights)} and "
+                f"requests of up to {mib(self.reserved)}: the limit is {mib(self.ceiling)}. Unload another "
+                "one, or try again when requests have ended",
+                metadata={
+                    "need_bytes": str(size),
+                    "ceiling_bytes": str(self.ceiling),
+                    WANTED: str(wanted),
+                },
+            )
+        self.weights += size
+
     def release(self, holder: Hashable) -> None:
         """Gives back what a row reserved."""
         self._reserved.pop(holder, None)
+        self._alone.pop(holder, None)

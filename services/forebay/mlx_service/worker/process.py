@@ -15,6 +15,7 @@ import os
 import stat
 import sys
 from collections.abc import AsyncIterator, Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import cast
@@ -23,7 +24,7 @@ import psutil
 
 from forebay.kit import logs, metrics, process, telemetry
 from forebay.kit.config import ConfigError, ServerSettings, load
-from forebay.kit.engine import InferenceEngine
+from forebay.kit.engine import InferenceEngine, ModelEngine
 from forebay.kit.failure import ModelLoadFailed, printable
 from forebay.kit.logs import LogSettings
 from forebay.kit.metrics import Metrics
@@ -35,22 +36,24 @@ from forebay.mlx_service.models.describe import ModelFacts, NotAModelError, desc
 from forebay.mlx_service.models.identity import Identity
 from forebay.mlx_service.shards import ShardSettings
 from forebay.mlx_service.worker import smg
+from forebay.mlx_service.worker.adapters import AdapterModels, Adapters, needs_plain_layers
 from forebay.mlx_service.worker.batch import Batch
 from forebay.mlx_service.worker.cache_layout import Layout
 from forebay.mlx_service.worker.control import controlled
 from forebay.mlx_service.worker.embedding.engine import EmbeddingEngine
 from forebay.mlx_service.worker.embedding.service import assemble
 from forebay.mlx_service.worker.embedding.texts import Texts
-from forebay.mlx_service.worker.engine import Engine, NewBatch
+from forebay.mlx_service.worker.engine import Engine, EngineStats, NewBatch
 from forebay.mlx_service.worker.followers import Followers, end_with
 from forebay.mlx_service.worker.grammar import Grammars
-from forebay.mlx_service.worker.load import load_weights
+from forebay.mlx_service.worker.load import load_draft, load_weights
 from forebay.mlx_service.worker.memory import metal_memory
 from forebay.mlx_service.worker.prefix_cache import PrefixCache
 from forebay.mlx_service.worker.prefix_disk import DiskSettings, DiskTier, Post
 from forebay.mlx_service.worker.runtime import BLAS, VERSIONS, leave_thread
 from forebay.mlx_service.worker.service import Served, WorkerService
 from forebay.mlx_service.worker.sharding import Leader
+from forebay.mlx_service.worker.speculation import Speculation, SpeculationStats
 from forebay.mlx_service.worker.weights import STORED, CpuWeights, Plan, plan
 from forebay.mlx_service.worker.words import Words
 
@@ -111,16 +114,19 @@ async def _serve(options: argparse.Namespace, settings: ServerSettings, tracing:
     except NotAModelError as error:
         raise ModelLoadFailed(str(error)) from error
     ceiling = options.memory_ceiling or default_ceiling(psutil.virtual_memory().total, metal_memory())
-    if facts.disk_bytes > ceiling * (len(options.shards.hosts) if options.shards else 1):
+    weights = facts.disk_bytes + _draft_bytes(options.draft_model)
+    if weights > ceiling * (len(options.shards.hosts) if options.shards else 1):
         raise ModelLoadFailed(
-            f"{path.name}: its weights take {facts.disk_bytes} bytes and memory_ceiling is {ceiling}"
+            f"{path.name}: its weights take {weights} bytes and memory_ceiling is {ceiling}"
         )
     identity = Identity(path, options.digests)
     identity.start()
     how = STORED if options.shards else plan(options.cpu_weights, facts, ceiling=ceiling, blas=BLAS)
+    if needs_plain_layers(folder for _, folder in options.adapter):
+        how = replace(how, is_blocked=False)
     if how.reason:
         log.info("%s: %s; matrix products by %s", options.model_id, how.reason, BLAS or "mlx's own library")
-    service, engine, words = (
+    service, models, engine, words = (
         _embedding(options, facts, identity, how)
         if facts.recipe
         else _chat(options, facts, identity, ceiling, how)
@@ -129,7 +135,7 @@ async def _serve(options: argparse.Namespace, settings: ServerSettings, tracing:
     more += _smg(service) if options.smg and isinstance(service, WorkerService) else []
     _show(engine, options.model_id, tracing.metrics)
     async with process.stop_requests() as stopped:
-        async with serving(settings, inference=service, more=more, telemetry=tracing) as up:
+        async with serving(settings, inference=service, models=models, more=more, telemetry=tracing) as up:
             process.announce(SERVICE, up.address)
             async with _watching(stopped, options.parent_pid):
                 loading = asyncio.create_task(_load(words, engine, identity))
@@ -151,7 +157,7 @@ async def _serve(options: argparse.Namespace, settings: ServerSettings, tracing:
 
 def _chat(
     options: argparse.Namespace, facts: ModelFacts, identity: Identity, ceiling: int, how: Plan
-) -> tuple[InferenceEngine, Engine, Words]:
+) -> tuple[InferenceEngine, ModelEngine | None, Engine, Words]:
     """Puts together what generates text."""
     path: Path = options.model
     words = Words(path)
@@ -172,6 +178,8 @@ def _chat(
         freed_bytes=options.cache_limit,
         wired_bytes=options.wired_limit,
         disk=_disk(options, identity, how) if is_kept else None,
+        # Whoever guesses takes steps of which the other ranks of a shared model would not hear.
+        speculation=None if options.shards else _speculation(options, ceiling - how.byte_count),
     )
     served = Served(
         model_id=options.model_id,
@@ -184,7 +192,26 @@ def _chat(
         isolates_callers=options.isolate_callers,
         detail=how.reason,
     )
-    return WorkerService(served, engine, words, Grammars(words)), engine, words
+    adapters = Adapters(engine, options.model_id, dict(options.adapter))
+    models = AdapterModels(adapters, options.name) if options.adapter else None
+    return WorkerService(served, engine, words, Grammars(words), adapters), models, engine, words
+
+
+def _speculation(options: argparse.Namespace, room: int) -> Speculation | None:
+    draft: Path | None = options.draft_model
+    if draft is None:
+        return Speculation() if options.prompt_lookup else None
+    how = plan(options.cpu_weights, describe(draft), ceiling=max(room, 0), blas=BLAS)
+    return Speculation(lookup=options.prompt_lookup, load_draft=lambda: load_draft(draft, options.model, how))
+
+
+def _draft_bytes(path: Path | None) -> int:
+    if path is None:
+        return 0
+    try:
+        return describe(path).weight_bytes
+    except NotAModelError as error:
+        raise ModelLoadFailed(f"the draft model cannot be loaded: {error}") from error
 
 
 def _smg(service: WorkerService) -> list[Register]:
@@ -235,9 +262,9 @@ def _disk(
 
 def _embedding(
     options: argparse.Namespace, facts: ModelFacts, identity: Identity, how: Plan
-) -> tuple[InferenceEngine, EmbeddingEngine, Texts]:
+) -> tuple[InferenceEngine, ModelEngine | None, EmbeddingEngine, Texts]:
     """Puts together what embeds text."""
-    return assemble(
+    service, engine, texts = assemble(
         options.model,
         facts,
         identity=identity,
@@ -247,6 +274,7 @@ def _embedding(
         how=how,
         lanes=_lanes(),
     )
+    return service, None, engine, texts
 
 
 def _lanes() -> int | None:
@@ -259,6 +287,16 @@ def _lanes() -> int | None:
 
 def _show(engine: Engine | EmbeddingEngine, model_id: str, to: Metrics) -> None:
     model = {"gen_ai.request.model": to.admit(model_id)}
+
+    def drafts() -> list[tuple[float, dict[str, str]]]:
+        stats = engine.stats()
+        done = stats.speculation if isinstance(stats, EngineStats) else SpeculationStats()
+        return [
+            (done.drafted, model | {"forebay.state": "drafted"}),
+            (done.accepted, model | {"forebay.state": "accepted"}),
+        ]
+
+    to.observe(metrics.DRAFTS, drafts)
     if isinstance(engine, Engine):
         to.observe(
             metrics.PREFIXES,
@@ -352,6 +390,13 @@ def _complain(text: str, code: int) -> int:
     return code
 
 
+def _adapter(text: str) -> tuple[str, Path]:
+    name, _, folder = text.partition("=")
+    if not name or not folder:
+        raise argparse.ArgumentTypeError("must be NAME=FOLDER")
+    return name, Path(folder)
+
+
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog=f"forebay-{SERVICE}", description="Loads one model and serves it.")
     parser.add_argument("--model", type=Path, required=True, help="the model's folder")
@@ -389,6 +434,20 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--wired-limit", type=int, default=0, help="bytes not to be paged out; 0 wires none")
     parser.add_argument(
         "--isolate-callers", action="store_true", help="keep each caller's prompts apart in the prefix cache"
+    )
+    parser.add_argument(
+        "--prompt-lookup",
+        action="store_true",
+        help="guess what a row that runs alone writes next from what was there before",
+    )
+    parser.add_argument("--draft-model", type=Path, help="folder of a small model that guesses ahead")
+    parser.add_argument(
+        "--adapter",
+        type=_adapter,
+        action="append",
+        default=[],
+        metavar="NAME=FOLDER",
+        help="an adapter of the model, served under that name; may be given again",
     )
     parser.add_argument(
         "--cpu-weights",

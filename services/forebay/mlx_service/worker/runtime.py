@@ -36,7 +36,7 @@ try:
     import mlx_lm.generate
     from mlx import nn
     from mlx.utils import tree_flatten
-    from mlx_lm.generate import BatchGenerator, StopSequences
+    from mlx_lm.generate import BatchGenerator, StopSequences, generation_stream
     from mlx_lm.models.cache import (
         ArraysCache,
         BatchKVCache,
@@ -46,8 +46,9 @@ try:
         make_prompt_cache,
     )
     from mlx_lm.tokenizer_utils import TokenizerWrapper
+    from mlx_lm.tuner.lora import LoRAEmbedding, LoRALinear
     from mlx_lm.utils import _get_classes as model_classes
-    from mlx_lm.utils import load_config, load_model, load_tokenizer
+    from mlx_lm.utils import load_adapters, load_config, load_model, load_tokenizer
 finally:
     resource.setrlimit = _setrlimit
 
@@ -78,10 +79,14 @@ __all__ = [
     "BatchKVCache",
     "CacheList",
     "KVCache",
+    "LoRAEmbedding",
+    "LoRALinear",
     "RotatingKVCache",
     "StopSequences",
     "TokenizerWrapper",
+    "generation_stream",
     "leave_thread",
+    "load_adapters",
     "load_config",
     "load_model",
     "load_tokenizer",

@@ -79,6 +79,19 @@ def sampler(params: SamplingParams, *, position: int) -> Sampler:
     return _Seeded(likely, seed=params.seed, position=position)
 
 
+def sample_each(pick: Sampler, logprobs: Array) -> Array:
+    """Picks a token for each of one row's next places, of shape [places, vocabulary], as if one by one."""
+    if isinstance(pick, _Seeded):  # each place has a key of its own
+        return mx.concatenate([pick(logprobs[i : i + 1]) for i in range(logprobs.shape[0])])
+    return pick(logprobs)
+
+
+def take_back(pick: Sampler, count: int) -> None:
+    """Takes the last draws back: their tokens came to nothing."""
+    if isinstance(pick, _Seeded):
+        pick.take_back(count)
+
+
 def processors(params: SamplingParams, *, prompt_count: int) -> list[Processor]:
     """Returns the logits processors that the parameters call for.
 
@@ -157,6 +170,10 @@ class _Seeded:
         key = mx.random.key(_mix(self._seed, self._position))
         self._position += 1
         return self._likely.draw(logprobs, key)
+
+    def take_back(self, count: int) -> None:
+        """Goes back by so many draws."""
+        self._position -= count
 
 
 def _mix(seed: int, position: int) -> int:

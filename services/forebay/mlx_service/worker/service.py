@@ -22,8 +22,10 @@ from forebay.kit.failure import (
 )
 from forebay.kit.pipeline import Call, Send
 from forebay.mlx_service import prompts
+from forebay.mlx_service.models.adapter import AdapterFacts
 from forebay.mlx_service.models.describe import ModelFacts
 from forebay.mlx_service.models.identity import Identity
+from forebay.mlx_service.worker.adapters import Adapters
 from forebay.mlx_service.worker.engine import (
     Constraint,
     Engine,
@@ -101,13 +103,22 @@ class WorkerService:
         engine: generates.
         words: templates and tokens.
         grammars: output formats.
+        adapters: views of the model, each served under a name of its own. None has none.
     """
 
-    def __init__(self, served: Served, engine: Engine, words: Words, grammars: Grammars) -> None:
+    def __init__(
+        self,
+        served: Served,
+        engine: Engine,
+        words: Words,
+        grammars: Grammars,
+        adapters: Adapters | None = None,
+    ) -> None:
         self._served = served
         self._engine = engine
         self._words = words
         self._grammars = grammars
+        self._adapters = adapters or Adapters(engine, served.model_id, {})
 
     @property
     def parts(self) -> tuple[Served, Engine, Words, Path]:
@@ -117,19 +128,28 @@ class WorkerService:
     async def generate(self, call: Call[pb.GenerateRequest], send: Send) -> None:
         """Generates a reply."""
         began = time.monotonic()
+        self._check_model(call.request.model)
+        if call.request.model in self._adapters:
+            async with self._adapters.using(call.request.model) as adapter:
+                await self._generate(call, send, began, adapter)
+        else:
+            await self._generate(call, send, began, None)
+
+    async def _generate(
+        self, call: Call[pb.GenerateRequest], send: Send, began: float, adapter: AdapterFacts | None
+    ) -> None:
         request = call.request
-        self._check_model(request.model)
-        plan = await self._plan(call)
+        plan = await self._plan(call, adapter)
         ticket = self._engine.submit(plan.row)
         try:
             await send(
                 pb.GenerateResponse(
                     started=pb.Started(
                         backend=self._served.backend,
-                        model=self._served.model_id,
+                        model=request.model,
                         request_id=call.request_id,
                         degradations=plan.degradations,
-                        weights=self._served.weights,
+                        weights=self._weights(adapter),
                     )
                 )
             )
@@ -158,11 +178,11 @@ class WorkerService:
             raise self._no_tools()
         prompt = await self._words.prompt(request.messages, request.tools)
         return pb.CountTokensResponse(
-            token_count=len(prompt.tokens), backend=self._served.backend, model=self._served.model_id
+            token_count=len(prompt.tokens), backend=self._served.backend, model=request.model
         )
 
     async def list_models(self, request: pb.ListModelsRequest) -> pb.ListModelsResponse:
-        """Lists the one model."""
+        """Lists the model and its adapters."""
         served = self._served
         if request.backends and served.backend not in request.backends:
             return pb.ListModelsResponse()
@@ -181,9 +201,29 @@ class WorkerService:
                     disk_bytes=served.facts.disk_bytes,
                     prefix_digests=self._engine.marks,
                     detail=served.detail,
-                )
+                ),
+                *(self._describe(name, adapter) for name, adapter in self._adapters.open.items()),
             ]
         )
+
+    def _describe(self, name: str, adapter: AdapterFacts | None) -> pb.Model:
+        """Describes an adapter, which is None while it is not open."""
+        model = pb.Model(id=name, backend=self._served.backend, state=pb.Model.STATE_AVAILABLE)
+        if adapter is not None:
+            model.state = pb.Model.STATE_ACTIVE
+            model.memory_bytes = adapter.disk_bytes
+            model.loaded_context_token_count = self._served.context_token_count
+            model.slot_count = self._served.rows
+            model.capabilities.extend(self._capabilities())
+            model.weights.CopyFrom(self._weights(adapter))
+        return model
+
+    def _weights(self, adapter: AdapterFacts | None) -> pb.WeightIdentity:
+        weights = self._served.weights
+        if adapter is not None:
+            # Empty is unknown yet, and must not become a digest that all unknown weights would share.
+            weights.digest = adapter.weights_digest(weights.digest) if weights.digest else ""
+        return weights
 
     def _capabilities(self) -> list[pb.CapabilityReport]:
         language = self._words.language
@@ -217,7 +257,7 @@ class WorkerService:
             raise BackendUnavailable(
                 f"model {self._served.model_id} is being loaded", metadata={"model": self._served.model_id}
             )
-        if model != self._served.model_id:
+        if model != self._served.model_id and model not in self._adapters:
             raise ModelNotFound(
                 f"this worker serves {self._served.model_id}, not {model}", metadata={"model": model}
             )
@@ -230,7 +270,7 @@ class WorkerService:
 
     # From request to row
 
-    async def _plan(self, call: Call[pb.GenerateRequest]) -> _Plan:
+    async def _plan(self, call: Call[pb.GenerateRequest], adapter: AdapterFacts | None) -> _Plan:
         request = call.request
         shortfalls = _Shortfalls(frozenset(request.accepted_degradations))
         self._check_options(request)
@@ -257,23 +297,29 @@ class WorkerService:
             top_logprobs=request.logprobs.top_logprob_count if request.HasField("logprobs") else None,
             urgency=int(call.urgency),
             deadline=call.deadline,  # the loop's clock is time.monotonic, as the engine's is
-            cache_key=self._cache_key(call),
+            cache_key=self._cache_key(call, adapter),
             pin=_flag(request, PIN_OPTION),
-            beginnings=self._marks(call, counts, prompt) if prompt.ends else (),
+            beginnings=self._marks(call, adapter, counts, prompt) if prompt.ends else (),
+            view="" if adapter is None else request.model,
         )
         return _Plan(row, prompt, tools, shortfalls.found)
 
-    def _cache_key(self, call: Call[pb.GenerateRequest]) -> str:
+    def _cache_key(self, call: Call[pb.GenerateRequest], adapter: AdapterFacts | None) -> str:
         """Whom a prompt's beginnings are shared with: calls of the same weights and, maybe, caller alone."""
         caller = call.caller if self._served.isolates_callers else ""
-        return "\0".join((self._served.facts.outline, "", caller))  # the empty part is for an adapter
+        return "\0".join((self._served.facts.outline, "" if adapter is None else adapter.digest, caller))
 
     def _marks(
-        self, call: Call[pb.GenerateRequest], counts: Sequence[int], prompt: Prompt
+        self,
+        call: Call[pb.GenerateRequest],
+        adapter: AdapterFacts | None,
+        counts: Sequence[int],
+        prompt: Prompt,
     ) -> tuple[Mark, ...]:
         """Digests of the prompt's beginnings whose end in tokens is known."""
         caller = call.caller if self._served.isolates_callers else ""
-        chain = prefixes.digests(call.request, model=self._served.model_id, caller=caller)
+        model = self._served.model_id if adapter is None else call.request.model
+        chain = prefixes.digests(call.request, model=model, caller=caller)
         return tuple((chain[i], prompt.ends[n]) for i, n in enumerate(counts) if n in prompt.ends)
 
     def _check_options(self, request: pb.GenerateRequest) -> None:
@@ -470,6 +516,8 @@ class _Reply:
         self._cached_count = 0
         self._output_count = 0
         self._reasoning_count = 0
+        self._drafted_count = 0
+        self._accepted_count = 0
         self._calls = 0
         self._admitted: float | None = None
         self._first_token: float | None = None
@@ -510,6 +558,8 @@ class _Reply:
 
     def _write(self, written: Written) -> list[Segment]:
         self._output_count += 1
+        self._drafted_count += written.drafted
+        self._accepted_count += written.accepted
         if self._first_token is None:
             self._first_token = written.at
         self._pending.count += 1
@@ -633,6 +683,8 @@ class _Reply:
                 cached_token_count=self._cached_count,
                 output_token_count=self._output_count,
                 reasoning_token_count=self._reasoning_count,
+                drafted_token_count=self._drafted_count,
+                accepted_token_count=self._accepted_count,
             ),
         )
         timings = finished.timings

@@ -17,7 +17,7 @@ from forebay.kit.failure import ModelLoadFailed
 from forebay.mlx_service.blas import Blas
 from forebay.mlx_service.ledger import UNPACKED_ROOM
 from forebay.mlx_service.models.describe import ModelFacts
-from forebay.mlx_service.worker.runtime import mx, nn, tree_flatten
+from forebay.mlx_service.worker.runtime import LoRAEmbedding, LoRALinear, mx, nn, tree_flatten
 from forebay.mlx_service.worker.sampling import Array
 
 BLOCK = 64
@@ -152,6 +152,10 @@ class BlockedLinear(nn.Module):  # type: ignore[misc]  # mlx has no types here
         y = y.transpose(1, 0, 2).reshape(*x.shape[:-1], -1)[..., : self._outputs]
         return y + self.bias if "bias" in self else y
 
+    def to_lora(self, r: int, scale: float, dropout: float) -> nn.Module:
+        """Returns this layer with an adapter's matrices beside it. mlx-lm asks for it by this name."""
+        return LoRALinear.from_base(self, r=r, scale=scale, dropout=dropout)
+
 
 class BlockedEmbedding(BlockedLinear):
     """A table of rows, which is the last layer's matrix too. See `BlockedLinear`."""
@@ -163,6 +167,10 @@ class BlockedEmbedding(BlockedLinear):
     def as_linear(self, x: Array) -> Array:
         """Returns the products with all rows."""
         return super().__call__(x)
+
+    def to_lora(self, r: int, scale: float, dropout: float) -> nn.Module:
+        """Returns this layer with an adapter's matrices beside it."""
+        return LoRAEmbedding.from_base(self, r=r, scale=scale, dropout=dropout)
 
 
 _MATRICES = {nn.Linear, nn.QuantizedLinear, nn.Embedding, nn.QuantizedEmbedding}
