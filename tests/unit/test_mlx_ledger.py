@@ -512,6 +512,16 @@ async def test_of_a_model_that_machines_share_only_the_parts_here_count():
 
 
 @virtual
+async def test_a_draft_model_is_reserved_with_the_model_that_it_guesses_for():
+    machine = Machine(total=32 * GIB, sizes={"a": 5 * GIB, "small": 3 * GIB})
+    async with service(machine) as s:
+        s._steward._beside = {"a": Path("/models/small")}.get
+        await use(s, "a")
+        (worker,) = machine.started
+        assert worker.spec.memory_limit > 8 * GIB
+
+
+@virtual
 async def test_all_ranks_of_a_model_that_are_here_count():
     machine = Machine(total=32 * GIB, sizes={"a": 3 * GIB})
     footprint = machine.host.footprint
