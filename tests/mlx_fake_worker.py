@@ -3,7 +3,8 @@
 What it does is told by `behaviour.json` in the model's folder: `exit` and `say`
 end it at once; `exit_after` ends it once it has served for so many seconds;
 `script` is how its model behaves; `ready_delay` is how long loading takes;
-`stubborn` makes it deaf to SIGTERM; `raw` keeps gaps in its events' numbers.
+`stubborn` makes it deaf to SIGTERM; `raw` keeps gaps in its events' numbers;
+`needs` refuses replies until its memory limit is that many bytes.
 A line is added to `starts` in that folder at each start, and to `journal` at
 each change of a call.
 """
@@ -21,9 +22,42 @@ from pathlib import Path
 
 from forebay.kit import process
 from forebay.kit.config import ServerSettings
+from forebay.kit.failure import MemoryExhausted
 from forebay.kit.server import serving
+from forebay.mlx.v1 import worker_pb2, worker_pb2_grpc
+from forebay.mlx_service.ledger import WANTED
 from forebay.testing.script import Script, ScriptedModel
 from forebay.testing.scripted import ScriptedEngine, raw
+
+
+class Control(worker_pb2_grpc.WorkerServiceServicer):
+    """Takes any limit, and holds nothing."""
+
+    def __init__(self, limit: int) -> None:
+        self.limit = limit
+
+    async def Adjust(self, request, context):
+        if request.HasField("limit_bytes"):
+            self.limit = request.limit_bytes
+        return worker_pb2.AdjustResponse(limit_bytes=self.limit, weights_bytes=1, memory_bytes=1)
+
+    def register(self, server, edge):
+        worker_pb2_grpc.add_WorkerServiceServicer_to_server(self, server)
+        return ["forebay.mlx.v1.WorkerService"]
+
+
+class Tight:
+    """An engine that refuses replies until it has enough memory."""
+
+    def __init__(self, engine: ScriptedEngine, control: Control, needs: int) -> None:
+        self._engine, self._control, self._needs = engine, control, needs
+        self.embed, self.count_tokens = engine.embed, engine.count_tokens
+        self.list_models = engine.list_models
+
+    async def generate(self, call, send):
+        if self._control.limit < self._needs:
+            raise MemoryExhausted("too little memory", metadata={WANTED: str(self._needs)})
+        await self._engine.generate(call, send)
 
 
 async def serve(arguments: argparse.Namespace, behaviour: dict) -> None:
@@ -40,13 +74,15 @@ async def serve(arguments: argparse.Namespace, behaviour: dict) -> None:
             numbered=behaviour.get("raw", False),
             on_change=lambda record: print(record.to_json(), file=journal),
         )
+        control = Control(arguments.memory_ceiling or 0)
+        served = Tight(engine, control, behaviour["needs"]) if "needs" in behaviour else engine
         settings = ServerSettings.model_validate({"address": arguments.address, "grace": "0s"})
         async with (
             process.stop_requests() as stopped,
             serving(
                 settings,
-                inference=None if behaviour.get("raw") else engine,
-                more=[raw(engine)] if behaviour.get("raw") else [],
+                inference=None if behaviour.get("raw") else served,
+                more=[raw(engine)] if behaviour.get("raw") else [control.register],
             ) as up,
         ):
             if behaviour.get("stubborn"):
@@ -77,7 +113,6 @@ def main() -> int:
     parser.add_argument("--prefix-disk-bytes", type=int)
     parser.add_argument("--prefix-disk-write")
     parser.add_argument("--memory-ceiling", type=int)
-    parser.add_argument("--memory-reserve", type=int)
     parser.add_argument("--shards")
     parser.add_argument("--smg", action="store_true")
     parser.add_argument("--prefill-chunk", type=int)

@@ -12,15 +12,17 @@ import psutil
 
 from forebay.inference.v1 import inference_pb2 as pb
 from forebay.kit.pipeline import Call, Event
+from forebay.mlx_service.host import default_ceiling
 from forebay.mlx_service.models.describe import describe
 from forebay.mlx_service.models.identity import Identity
 from forebay.mlx_service.worker.cache_layout import Layout
 from forebay.mlx_service.worker.engine import Engine
 from forebay.mlx_service.worker.grammar import Grammars
 from forebay.mlx_service.worker.load import load_weights
-from forebay.mlx_service.worker.memory import default_ceiling
+from forebay.mlx_service.worker.memory import read_memory
 from forebay.mlx_service.worker.prefix_cache import PrefixCache
 from forebay.mlx_service.worker.prefix_disk import DiskTier, Post
+from forebay.mlx_service.worker.pressure import Held
 from forebay.mlx_service.worker.runtime import BLAS
 from forebay.mlx_service.worker.service import Served, WorkerService
 from forebay.mlx_service.worker.speculation import Speculation
@@ -92,6 +94,7 @@ async def rig(
     prefixes: PrefixCache | None = None,
     isolates_callers: bool = False,
     ceiling: int | None = None,
+    read: Callable[[], Held] = read_memory,
     disk: Callable[[Layout, Post], DiskTier] | None = None,
     speculation: Speculation | None = None,
 ) -> AsyncIterator[Rig]:
@@ -107,6 +110,7 @@ async def rig(
         prefill_step=prefill_step,
         prefixes=prefixes,
         ceiling=ceiling,
+        read=read,
         disk=disk,
         speculation=speculation,
     )

@@ -28,8 +28,20 @@ SILENT = (
     "forebay_model_load",
     "forebay_prefill",
     "forebay_degradations",
+    "forebay_memory_bytes",
+    "forebay_model_memory",
+    "forebay_worker_rows",
+    "forebay_preemptions",
+    "forebay_model_evictions",
+    "forebay_continuations",
+    "forebay_hedge",
+    "forebay_coalesced",
+    "forebay_admission_refusals",
+    "forebay_embed_gathered",
+    "forebay_host_",
+    "forebay_evictions",
 )
-"""Metrics of mlx-service, which does not run here, and of what a scripted backend does not do."""
+"""Metrics of mlx-service, which does not run here, and of what this load and scripted backends do not do."""
 
 pytestmark = pytest.mark.skipif(
     shutil.which("prometheus") is None, reason="prometheus is missing: apt install prometheus"

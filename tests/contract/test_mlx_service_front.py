@@ -601,6 +601,30 @@ async def test_a_gguf_file_is_converted_when_it_is_loaded_and_one_of_ours_can_be
         assert not list(ours.iterdir())
 
 
+# Memory.
+
+
+async def test_a_reply_that_needs_more_memory_gets_it_from_a_model_that_is_idle(tmp_path):
+    behaviours = {"m": {"needs": 690 << 20}, "idle": {}}
+    async with front(tmp_path, behaviours=behaviours, memory_ceiling="800MiB") as rig:
+        await rig.load("idle")
+        events = await rig.generate()
+        grammar.check(events)
+        assert rig.supervisor.residence("idle").state is State.AVAILABLE
+        listed = await rig.stub.ListModels(pb.ListModelsRequest())
+        assert listed.memory.limit_bytes == 800 << 20
+        assert {m.id: m.HasField("use_time") for m in listed.models} == {"m": True, "idle": False}
+
+
+async def test_a_reply_that_needs_more_memory_than_there_is_is_refused_and_nobody_leaves(tmp_path):
+    behaviours = {"m": {"needs": 900 << 20}, "idle": {}}
+    async with front(tmp_path, behaviours=behaviours, memory_ceiling="800MiB") as rig:
+        await rig.load("idle")
+        _, failure, _ = await rig.failing()
+        assert failure.reason == "MEMORY_EXHAUSTED"
+        assert rig.supervisor.residence("idle").state is State.ACTIVE
+
+
 # The program.
 
 
@@ -641,8 +665,8 @@ def test_workers_are_told_what_is_configured():
     )
     expected = (
         "--prefix-cache 7 --digests /c/digests --prefix-disk /c/prefixes --prefix-disk-bytes 1024 "
-        "--prefix-disk-write finished --max-rows 3 --prefill-chunk 64 --cache-limit 9 --memory-reserve 10 "
-        "--wired-limit 11 --prompt-lookup --memory-ceiling 8 --isolate-callers --default-max-tokens 99"
+        "--prefix-disk-write finished --max-rows 3 --prefill-chunk 64 --cache-limit 9 --wired-limit 11 "
+        "--prompt-lookup --isolate-callers --default-max-tokens 99"
     )
     expected += " --cpu-weights stored"
     assert worker_arguments(settings) == expected.split()

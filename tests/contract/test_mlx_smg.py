@@ -25,6 +25,7 @@ from forebay.kit.failure import from_rpc_error
 from forebay.kit.server import serving
 from forebay.mlx_service import smg, smg_api
 from forebay.mlx_service.config import MlxSettings
+from forebay.mlx_service.process import WorkerProcess
 from forebay.mlx_service.service import model_arguments
 from forebay.mlx_service.smg_api import SERVICE, WORKER_FLAG, Api
 from forebay.mlx_service.supervisor import State
@@ -297,25 +298,27 @@ async def test_the_service_loads_the_model_for_the_first_call_and_passes_all_on(
 class LostWorker:
     """An engine whose worker is nowhere."""
 
-    def __init__(self, channel: grpc.aio.Channel, state: State) -> None:
-        self._channel = channel
+    def __init__(self, worker: WorkerProcess, state: State) -> None:
+        self._worker = worker
         self._state = state
 
     @asynccontextmanager
-    async def leased(self, name: str) -> AsyncIterator[SimpleNamespace]:
-        yield SimpleNamespace(channel=self._channel)
+    async def leased(self, name: str) -> AsyncIterator[WorkerProcess]:
+        yield self._worker
 
     def residence(self, name: str) -> SimpleNamespace:
         return SimpleNamespace(state=self._state, detail="it crashed", usable=object())
 
 
-@pytest.mark.parametrize("is_closed", [False, True])
-async def test_a_lost_worker_is_unavailable_and_a_model_that_failed_is_not_healthy(is_closed: bool) -> None:
+@pytest.mark.parametrize("is_known", [False, True])
+async def test_a_lost_worker_is_unavailable_and_a_model_that_failed_is_not_healthy(is_known: bool) -> None:
+    """Whether or not its end has been noticed. A stub on a channel that is closed would abort the process."""
     settings = ServerSettings(address="127.0.0.1:0", grace="0s", notice="0s")
     async with grpc.aio.insecure_channel("127.0.0.1:1") as nowhere:
-        if is_closed:
-            await nowhere.close()
-        engine = LostWorker(nowhere, State.QUARANTINED)
+        worker = WorkerProcess(await asyncio.create_subprocess_exec("true"), nowhere, lambda: None)
+        if is_known:
+            await worker.watch()
+        engine = LostWorker(worker, State.QUARANTINED)
         more = [smg.register(API, engine, "tiny", "mlx")]  # type: ignore[arg-type]  # all of it that is used
         async with serving(settings, more=more) as up, grpc.aio.insecure_channel(up.address) as channel:
             stub = services.MlxEngineStub(channel)
@@ -326,6 +329,8 @@ async def test_a_lost_worker_is_unavailable_and_a_model_that_failed_is_not_healt
                 with pytest.raises(grpc.aio.AioRpcError) as caught:
                     await call
                 assert caught.value.code() is grpc.StatusCode.UNAVAILABLE
+        if not is_known:
+            await worker.watch()
 
 
 def test_without_the_package_or_with_one_that_does_not_fit_the_interface_is_left_out(

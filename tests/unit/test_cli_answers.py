@@ -457,7 +457,7 @@ def test_embeddings_in_json_are_complete(mesh: FakeMesh, capsys: pytest.CaptureF
     mesh.listed.append(model("vec", can=[pb.CAPABILITY_EMBED]))
     mesh.embeddings += [no_model(), pb.EmbedResponse(embeddings=[pb.Embedding(values=[1.0])])]
     assert main(["embed", "x", "--json"]) == 0
-    assert json.loads(capsys.readouterr().out)["embeddings"] == [{"values": [1.0]}]
+    assert json.loads(capsys.readouterr().out)["embeddings"] == [{"values": [1.0], "token_count": 0}]
     request = mesh.asked[-1]
     assert isinstance(request, pb.EmbedRequest)
     assert request.model == "vec"

@@ -107,7 +107,7 @@ async def test_a_model_of_ollama_s_answers_and_ollama_s_folder_stays_as_it_was(
     assert reply.finished.usage.output_token_count == 4
     (entry,) = await models.entries()
     assert entry.facts is not None  # it is known as converted from now on
-    assert entry.to_model("mlx").weights.digest
+    assert entry.facts.outline
     assert content(store.folder) == before
 
 

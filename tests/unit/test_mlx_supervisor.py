@@ -20,8 +20,10 @@ from forebay.kit.failure import (
     ModelLoadFailed,
     ModelQuarantined,
 )
+from forebay.mlx.v1 import worker_pb2
 from forebay.mlx_service.config import MlxSettings
 from forebay.mlx_service.fetch import Progress
+from forebay.mlx_service.host import Host
 from forebay.mlx_service.supervisor import Options, State, Supervisor
 from forebay.testing.clock import now, virtual
 
@@ -58,6 +60,9 @@ class FakeWorker:
 
     async def describe(self):
         return pb.Model(id=self.spec.model_id)
+
+    async def adjust(self, limit):
+        return worker_pb2.AdjustResponse(limit_bytes=limit or self.spec.memory_limit, weights_bytes=1)
 
     async def stop(self, grace):
         self.graces.append(grace)
@@ -99,7 +104,8 @@ async def no_one(residence):
 
 
 def supervisor(launch, **settings):
-    return Supervisor(MlxSettings.model_validate(settings), launch=launch, jitter=lambda: 0.0)
+    host = Host(identity="h", total=1 << 40, available=lambda: 1 << 40, footprint=lambda pid: 0)
+    return Supervisor(MlxSettings.model_validate(settings), launch=launch, jitter=lambda: 0.0, host=host)
 
 
 async def use(s, model="m", *, hold=0.0, waiting=no_one, prepare=prepare):

@@ -56,6 +56,7 @@ _BACKEND = "forebay.backend"
 _HOST = "forebay.host"
 _METHOD = "rpc.method"
 _STATUS = "rpc.response.status_code"
+_MEMORY = "forebay.memory"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -253,7 +254,25 @@ LOADED = Metric(
 )
 ROWS = Metric(
     name="forebay.worker.rows", kind="gauge", unit="1", labels=(_MODEL, "forebay.state"),
-    meaning="Replies that a worker writes (`live`) and keeps waiting (`waiting`). Pushed over OTLP only.",
+    meaning="Replies that a worker writes (`live`) and keeps waiting (`waiting`), as it said last.",
+)  # fmt: skip
+HOST_MEMORY = Metric(
+    name="forebay.memory", kind="gauge", unit="By", labels=(_MEMORY,),
+    meaning="Of mlx-service: the `ceiling` for all models, what they have in use (`used`), what is set aside "
+    "for loads and requests and not in use yet (`reserved`), and what the machine could give (`available`).",
+)  # fmt: skip
+MODEL_MEMORY = Metric(
+    name="forebay.model.memory", kind="gauge", unit="By", labels=(_MODEL, _MEMORY),
+    meaning="Of a model in memory: what it may take (`share`), its `weights`, what its requests can come to "
+    "need (`reserved`) and hold (`cache`), prompts kept (`prefix`), and the most it ever held (`peak`).",
+)  # fmt: skip
+PREEMPTIONS = Metric(
+    name="forebay.preemptions", kind="counter", unit="1", labels=(_MODEL,),
+    meaning="Replies that a worker set aside for want of memory and went on with later.",
+)  # fmt: skip
+MODEL_EVICTIONS = Metric(
+    name="forebay.model.evictions", kind="counter", unit="1", labels=(_MODEL, "forebay.reason"),
+    meaning="Models that left mlx-service by themselves: to make `room`, or `unused` for too long.",
 )  # fmt: skip
 PREFIXES = Metric(
     name="forebay.worker.prefixes", kind="gauge", unit="By", labels=(_MODEL, "forebay.tier"),

@@ -40,6 +40,7 @@ class Companions:
         self._drafts = settings.draft_models
         self._registry = registry
         self._arguments: dict[str, list[str]] = {}
+        self._folders: dict[str, Path] = {}
 
     @property
     def adapters(self) -> Iterable[AdapterSettings]:
@@ -54,6 +55,10 @@ class Companions:
         """Returns what else a worker is told. `prepare` has to come first."""
         return self._arguments.get(spec.model_id, ())
 
+    def draft(self, id_: str) -> Path | None:
+        """Returns the folder of what guesses for a model, or None. `prepare` has to come first."""
+        return self._folders.get(id_)
+
     async def prepare(self, id_: str, progress: Report) -> None:
         """Finds what belongs to a model that is about to be loaded.
 
@@ -61,9 +66,11 @@ class Companions:
             ModelLoadFailed: its draft model is not here, or not one.
         """
         arguments: list[str] = []
+        self._folders.pop(id_, None)
         for name, small in self._drafts.items():
             if await self._id_of(name) == id_:
-                arguments += ["--draft-model", str(await self._draft(id_, small, progress))]
+                self._folders[id_] = await self._draft(id_, small, progress)
+                arguments += ["--draft-model", str(self._folders[id_])]
                 break
         for adapter in self.adapters:
             if await self._id_of(adapter.base) == id_:

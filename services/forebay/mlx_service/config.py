@@ -83,8 +83,8 @@ class MlxSettings(ServerSettings):
     max_loaded_models: int = Field(
         2,
         ge=1,
-        description="Most models in memory. One more makes the longest unused one leave. Two, so that a chat "
-        "model and an embedding model live side by side.",
+        description="Most models in memory. One more makes an idle one leave: the longest unused, and rather "
+        "one that loads fast. Two, so that a chat model and an embedding model live side by side.",
     )
     keep_alive: Duration = Field(
         timedelta(0), description="A model unused for this long leaves memory. 0 keeps it."
@@ -157,9 +157,9 @@ class MlxSettings(ServerSettings):
     memory_ceiling: ByteSize | None = Field(
         None,
         ge=1,
-        description="Memory that each model's weights and requests may take. What could exceed it is "
-        "refused. Default: the machine's memory but `memory_reserve`, and no more than 95 % of what Metal "
-        "recommends.",
+        description="Memory that all models together may take: weights, requests, and their processes. Idle "
+        "models leave before another is loaded, and what could still exceed it is refused with figures. "
+        "Default: the machine's memory but `memory_reserve`, and no more than 95 % of what Metal recommends.",
     )
     memory_reserve: ByteSize | None = Field(
         None,
@@ -197,7 +197,7 @@ class MlxSettings(ServerSettings):
         "auto",
         description="How weights are held where there is no GPU: `stored` as they are, `float32` unpacked, "
         "which makes prompts some twenty times faster and takes up to eight times the memory, `auto` "
-        "unpacked if that library is there and they fit into 60 % of `memory_ceiling`.",
+        "unpacked if that library is there and they fit into 60 % of what is free below `memory_ceiling`.",
     )
 
     load_timeout: Duration = Field(

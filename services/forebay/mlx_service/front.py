@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TypeVar, cast
 
 import grpc.aio
+from google.protobuf.timestamp_pb2 import Timestamp
 
 from forebay.inference.v1 import inference_pb2 as pb
 from forebay.kit import genai, telemetry
@@ -21,6 +22,7 @@ from forebay.kit.failure import (
     CapabilityUnsupported,
     Failure,
     InvalidRequest,
+    MemoryExhausted,
     ModelLoadFailed,
     ModelNotFound,
     PermissionDenied,
@@ -44,6 +46,7 @@ from forebay.mlx_service.fetch import (
     pull_from_hub,
 )
 from forebay.mlx_service.fetches import Fetches, Tell
+from forebay.mlx_service.ledger import WANTED
 from forebay.mlx_service.models.identity import known_digest
 from forebay.mlx_service.process import Worker
 from forebay.mlx_service.registry import Entry, Registry
@@ -140,7 +143,14 @@ class MlxEngine:
         async with self._worker(source, waiting) as (id_, worker):
             request = _for_worker(call, self._served(call.request.model, id_))
             with self._attempt(call, send) as watched:
-                await relay_generate(worker.stub.Generate, request, call, watched, self._name)
+                try:
+                    await relay_generate(worker.stub.Generate, request, call, watched, self._name)
+                except MemoryExhausted as failure:
+                    # Only refusals before the first event name a limit that would do.
+                    wanted = int(failure.metadata.get(WANTED, "0"))
+                    if not wanted or not await self._supervisor.widen(id_, wanted):
+                        raise
+                    await relay_generate(worker.stub.Generate, request, call, watched, self._name)
 
     async def embed(self, call: Call[pb.EmbedRequest]) -> pb.EmbedResponse:
         """Has the model loaded and relays its worker's answer."""
@@ -165,7 +175,7 @@ class MlxEngine:
             models = [tasks.create_task(self._describe(entry)) for entry in entries]
         described = [task.result() for task in models]
         described += await self._companions.describe(described, self._usable)
-        return pb.ListModelsResponse(models=described)
+        return pb.ListModelsResponse(models=described, memory=self._supervisor.memory())
 
     # ModelEngine
 
@@ -396,13 +406,18 @@ class MlxEngine:
         if residence.state is State.ACTIVE and residence.described is not None:
             del model.capabilities[:]  # what the worker says of them replaces what the folder says
             model.MergeFrom(_facts(residence.described))
+        model.memory_bytes = self._supervisor.takes(entry.id, model.memory_bytes)
         if residence.kept or residence.state is not State.AVAILABLE:
             model.state = residence.state.value
             model.detail = residence.detail or model.detail
-        left = residence.expires_in(asyncio.get_running_loop().time())
-        if left is not None:
-            model.expire_time.GetCurrentTime()
-            model.expire_time.FromNanoseconds(model.expire_time.ToNanoseconds() + int(left * 1e9))
+        now = asyncio.get_running_loop().time()
+        if (left := residence.expires_in(now)) is not None:
+            _set_time(model.expire_time, left)
+        if residence.has_served or residence.calls:
+            _set_time(model.use_time, 0.0 if residence.calls else residence.last_used - now)
+        if residence.load_seconds:
+            model.load_duration.FromTimedelta(timedelta(seconds=residence.load_seconds))
+        model.pinned = residence.kept and residence.options.pinned
         return model
 
 
@@ -416,6 +431,12 @@ def _check_purpose(id_: str, is_embedding: bool, embeds: bool | None) -> None:
         f"model {id_} {does} text and does not {wanted} it: ask {other}",
         metadata={"capability": wanted, "model": id_},
     )
+
+
+def _set_time(field: Timestamp, seconds: float) -> None:
+    """Sets a time that is so many seconds from now."""
+    field.GetCurrentTime()
+    field.FromNanoseconds(field.ToNanoseconds() + int(seconds * 1e9))
 
 
 def _for_worker(call: Call[RequestT], id_: str) -> RequestT:

@@ -23,14 +23,17 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from forebay.inference.v1 import inference_pb2 as pb
 from forebay.inference.v1 import inference_pb2_grpc
 from forebay.kit.channel import connect
-from forebay.kit.failure import printable
+from forebay.kit.failure import BackendUnavailable, printable
 from forebay.kit.process import STDIN_VARIABLE
 from forebay.kit.relay import is_cancelled_here
+from forebay.mlx.v1 import worker_pb2 as worker_pb
+from forebay.mlx.v1 import worker_pb2_grpc
 from forebay.mlx_service.tool import Tail, read_lines
 from forebay.models.v1 import models_pb2_grpc
 
 if TYPE_CHECKING:
     from forebay.inference.v1.inference_pb2_grpc import InferenceServiceAsyncStub
+    from forebay.mlx.v1.worker_pb2_grpc import WorkerServiceAsyncStub
     from forebay.models.v1.models_pb2_grpc import ModelServiceAsyncStub
 
 logger = logging.getLogger(__name__)
@@ -55,6 +58,8 @@ class Spec:
     model_id: str
     folder: Path
     context_token_count: int | None = None
+    memory_limit: int = 0
+    """Bytes that its weights and requests may take. 0 is what the machine has."""
 
 
 class Worker(Protocol):
@@ -87,6 +92,9 @@ class Worker(Protocol):
     async def describe(self) -> pb.Model | None:
         """Returns its model as it is loaded, or None if it does not say so soon."""
 
+    async def adjust(self, limit: int | None) -> worker_pb.AdjustResponse | None:
+        """Sets what memory it may take; None changes nothing. Returns what it takes, if it says so soon."""
+
     async def stop(self, grace: float) -> None:
         """Asks it to end, kills it if it does not within so many seconds, and returns when it is gone."""
 
@@ -111,13 +119,15 @@ class WorkerProcess:
         self.is_bound = False
         """Whether its socket is there. Connecting too early fails, and then gRPC waits before it retries."""
         self.stub: InferenceServiceAsyncStub = inference_pb2_grpc.InferenceServiceStub(channel)
+        self._control: WorkerServiceAsyncStub = worker_pb2_grpc.WorkerServiceStub(channel)
         self.models: ModelServiceAsyncStub = models_pb2_grpc.ModelServiceStub(channel)
         self.tail = Tail()
         self._check: grpc.aio.UnaryUnaryMultiCallable[
             health_pb2.HealthCheckRequest, health_pb2.HealthCheckResponse
         ] = health_pb2_grpc.HealthStub(channel).Check  # type: ignore[attr-defined]  # stubs know no health stub
         self._process = process
-        self.channel = channel
+        self._channel = channel
+        self._is_closed = False
         self._on_exit = on_exit
 
     def __repr__(self) -> str:
@@ -127,6 +137,17 @@ class WorkerProcess:
     def exit_code(self) -> int | None:
         """How it ended; negative is the signal. None while it runs."""
         return self._process.returncode
+
+    @property
+    def channel(self) -> grpc.aio.Channel:
+        """Leads to it.
+
+        Raises:
+            BackendUnavailable: it has ended. A stub that is made on a closed channel aborts this process.
+        """
+        if self._is_closed:
+            raise BackendUnavailable("this model's worker has ended")
+        return self._channel
 
     async def is_well(self, timeout: float) -> bool:
         """Returns whether it says within so many seconds that it serves."""
@@ -154,9 +175,22 @@ class WorkerProcess:
             return None
         return answer.models[0] if answer.models else None
 
+    async def adjust(self, limit: int | None) -> worker_pb.AdjustResponse | None:
+        """Sets what memory it may take; None changes nothing. Returns what it takes, if it says so soon."""
+        try:
+            return await self._control.Adjust(
+                worker_pb.AdjustRequest(limit_bytes=limit), timeout=_DESCRIBE_TIMEOUT
+            )
+        except (grpc.aio.AioRpcError, grpc.aio.UsageError):
+            return None
+        except asyncio.CancelledError:
+            if is_cancelled_here():
+                raise
+            return None
+
     async def stop(self, grace: float) -> None:
         """Asks it to end, kills it if it does not within so many seconds, and returns when it is gone."""
-        await self.channel.close()
+        await self._close()
         self._signal(signal.SIGTERM)
         try:
             async with asyncio.timeout(grace):
@@ -169,8 +203,12 @@ class WorkerProcess:
     async def watch(self) -> None:
         """Waits for its end. Whatever is still asked of it then fails at once."""
         await self._process.wait()
-        await self.channel.close()
+        await self._close()
         self._on_exit()
+
+    async def _close(self) -> None:
+        self._is_closed = True
+        await self._channel.close()
 
     def kill(self) -> None:
         """Ends it at once."""
@@ -264,6 +302,8 @@ class Launcher:
         argv += ["--address", f"unix:{socket}", "--name", self._name, *self._arguments]
         if spec.context_token_count is not None:
             argv += ["--context", str(spec.context_token_count)]
+        if spec.memory_limit:
+            argv += ["--memory-ceiling", str(spec.memory_limit)]
         return [*argv, *self._more(spec)]
 
 

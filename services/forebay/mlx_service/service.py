@@ -42,7 +42,9 @@ async def serve(settings: MlxSettings, telemetry: Telemetry) -> None:
     )
     try:
         async with (
-            Supervisor(settings, launch=launcher, measured=telemetry.metrics) as supervisor,
+            Supervisor(
+                settings, launch=launcher, measured=telemetry.metrics, beside=companions.draft
+            ) as supervisor,
             MlxEngine(
                 settings,
                 registry=registry,
@@ -121,15 +123,12 @@ def worker_arguments(settings: MlxSettings) -> list[str]:
         ("--max-rows", settings.max_rows),
         ("--prefill-chunk", settings.prefill_chunk_token_count),
         ("--cache-limit", settings.cache_limit),
-        ("--memory-reserve", settings.memory_reserve),
         ("--wired-limit", settings.wired_limit),
     ):
         if value is not None:
             arguments += [flag, str(value)]
     if settings.prompt_lookup:
         arguments.append("--prompt-lookup")
-    if settings.memory_ceiling is not None:
-        arguments += ["--memory-ceiling", str(settings.memory_ceiling)]
     if settings.auth_token_digests or settings.tls_client_roots is not None:
         arguments.append("--isolate-callers")
     if settings.default_max_output_token_count is not None:

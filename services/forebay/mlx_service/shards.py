@@ -44,6 +44,11 @@ class ShardSettings(Settings):
             raise ValueError("port must be set where a rank is on another machine")
         return self
 
+    @property
+    def here(self) -> int:
+        """Ranks on this machine. The first always is."""
+        return 1 + sum(is_here(host) for host in self.hosts[1:])
+
     def addresses(self) -> list[str]:
         """Returns where each rank listens. Free ports are picked anew each time."""
         ports = [self.port + rank for rank in range(len(self.hosts))] if self.port else _free(len(self.hosts))

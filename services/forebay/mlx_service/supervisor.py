@@ -40,7 +40,9 @@ from forebay.kit.failure import (
 from forebay.kit.metrics import Metrics
 from forebay.mlx_service.config import MlxSettings
 from forebay.mlx_service.fetch import Progress, Report
+from forebay.mlx_service.host import Host, this_host
 from forebay.mlx_service.process import LOAD_FAILED, Launch, Spec, Worker
+from forebay.mlx_service.steward import Steward
 
 logger = logging.getLogger(__name__)
 
@@ -52,6 +54,9 @@ Waiting: TypeAlias = Callable[["Residence"], Awaitable[None]]
 
 _POLL = 0.05
 """Seconds between two questions whether a worker has loaded its model, or is well again."""
+
+_TICK = 0.001
+"""Least seconds to wait for a moment: what is left of it may be too little for the clock to tell."""
 
 _TELL = 1.0
 """Most seconds between two signs of life to a caller that waits for a model."""
@@ -102,6 +107,8 @@ class Residence:
         """Whether the worker was lost sight of, and new calls wait until it is clear what it is."""
         self.calls = 0
         self.last_used = 0.0
+        self.has_served = False
+        """Whether it ever served a call."""
         self.load_seconds = 0.0
         self.described: pb.Model | None = None
         """The model as its worker described it last."""
@@ -131,9 +138,11 @@ class Residence:
 
     @property
     def usable(self) -> Worker | None:
-        """The worker, if it serves and nothing is known against it, not even since a moment ago."""
+        """The worker, if it serves and is to stay, and nothing is known against it since a moment ago."""
         worker = self.worker
-        return None if worker is None or self.suspect or worker.exit_code is not None else worker
+        if worker is None or self.suspect or self.stopping or worker.exit_code is not None:
+            return None
+        return worker
 
     def become(self, state: State, detail: str = "") -> None:
         """Changes the state and tells all who wait."""
@@ -199,6 +208,8 @@ class Supervisor:
         launch: starts a worker.
         jitter: a number in [0.0, 1.0), anew each time, that spreads restarts.
         measured: the metrics of this process; None measures nothing.
+        host: the machine whose memory is dealt out; None is this one.
+        beside: returns the folder of the model that a model's worker loads in addition, if any.
     """
 
     def __init__(
@@ -208,6 +219,8 @@ class Supervisor:
         launch: Launch,
         jitter: Callable[[], float] = random.random,
         measured: Metrics | None = None,
+        host: Host | None = None,
+        beside: Callable[[str], Path | None] = lambda model_id: None,
     ) -> None:
         self._settings = settings
         self._launch = launch
@@ -215,6 +228,14 @@ class Supervisor:
         self._metrics = measured or Metrics()
         self._metrics.observe(metrics.LOADED, lambda: [(self.loaded_count, {})])
         self._residences: dict[str, Residence] = {}
+        self._steward = Steward(
+            settings,
+            host=host or this_host(),
+            residences=self._residences,
+            measured=self._metrics,
+            beside=beside,
+        )
+        self._watch: asyncio.Task[None] | None = None
         self._keepers = asyncio.TaskGroup()
         self._closing = False
 
@@ -223,10 +244,13 @@ class Supervisor:
 
     async def __aenter__(self) -> Supervisor:
         await self._keepers.__aenter__()
+        self._watch = self._keepers.create_task(self._steward.watch(), name="watch memory")
         return self
 
     async def __aexit__(self, *exc: object) -> None:
         self._closing = True
+        if self._watch is not None:
+            self._watch.cancel()
         for residence in self._residences.values():
             residence.stop(force=True)
         await self._keepers.__aexit__(None, None, None)
@@ -267,6 +291,7 @@ class Supervisor:
         finally:
             residence.calls -= 1
             residence.last_used = _now()
+            residence.has_served = True
             if residence.stopping:
                 residence.wake.set()
 
@@ -286,6 +311,18 @@ class Supervisor:
             await self.unload(model_id, force=False)
         await self._ready(residence, prepare, waiting)
         return residence
+
+    async def widen(self, model_id: str, wanted: int) -> bool:
+        """Gives a worker a limit of so many bytes, if that is possible. Returns whether it has it now."""
+        return await self._steward.widen(self.residence(model_id), wanted)
+
+    def takes(self, model_id: str, weights: int) -> int:
+        """Returns the bytes that a model takes, or would take if it were loaded, its process included."""
+        return self._steward.takes(model_id, weights)
+
+    def memory(self) -> pb.Memory:
+        """Describes the machine's memory and what the models take of it."""
+        return self._steward.memory()
 
     async def unload(self, model_id: str, *, force: bool) -> Residence:
         """Takes a model out of memory and returns when its process is gone.
@@ -359,8 +396,8 @@ class Supervisor:
         state, detail = State.AVAILABLE, ""
         failure: Failure | None = None
         try:
-            await self._make_room(residence)
             folder = await self._prepare(residence, prepare)
+            await self._steward.admit(residence, folder)
             outcome = await self._lives(residence, folder)
             detail = outcome.detail
             if outcome.end is End.CRASHED:
@@ -381,33 +418,13 @@ class Supervisor:
             )
             state, failure = State.FAILED, Internal(detail)
         finally:
+            self._steward.release(residence)
             residence.kept = False
             residence.failure, residence.failed_at = failure, _now()
             residence.restarting_since = None
             residence.described = None
             residence.step = None
             residence.become(state, detail)
-
-    async def _make_room(self, residence: Residence) -> None:
-        """Unloads the longest unused model while there are as many as there may be."""
-        while True:
-            others = [r for r in self._residences.values() if r.kept and r is not residence]
-            if len(others) < self._settings.max_loaded_models:
-                return
-            leaving = [r for r in others if r.stopping]
-            idle = [r for r in others if r.state is State.ACTIVE and not r.calls and not r.options.pinned]
-            if not leaving:
-                if not idle:
-                    raise MemoryExhausted(
-                        f"{residence.id} has no room: {len(others)} models are loaded and in use or pinned, "
-                        f"and max_loaded_models is {self._settings.max_loaded_models}",
-                        metadata={"model": residence.id},
-                        retry_after=self._settings.restart_backoff_max,
-                    )
-                leaving = [min(idle, key=lambda r: r.last_used)]
-                logger.info("%s leaves memory to make room for %s", leaving[0].id, residence.id)
-                leaving[0].stop(force=False)
-            await leaving[0].change()
 
     async def _prepare(self, residence: Residence, prepare: Prepare) -> Path:
         def report(step: Progress) -> None:
@@ -464,15 +481,18 @@ class Supervisor:
             model_id=residence.id,
             folder=folder,
             context_token_count=residence.options.context_token_count,
+            memory_limit=self._steward.limit(residence),
         )
         begun = _now()
         async with self._launch(spec, residence.wake.set) as worker:
+            self._steward.started(residence, worker.pid)
             outcome = await self._until_loaded(residence, worker)
             if outcome is None:
                 residence.load_seconds = residence.last_used = _now()
                 residence.load_seconds -= begun
                 self._metrics.record(metrics.LOAD, residence.load_seconds, self._label(residence))
                 residence.described = await worker.describe()
+                await self._steward.settle(residence, worker)
                 residence.worker = worker
                 residence.restarting_since = None
                 residence.become(State.ACTIVE)
@@ -511,7 +531,7 @@ class Supervisor:
         interval = self._settings.health_interval.total_seconds()
         next_check = _now() + interval
         while True:
-            await self._woken(residence, max(0.0, next_check - _now()))
+            await self._woken(residence, max(_TICK, next_check - _now()))
             if (code := worker.exit_code) is not None:
                 return Outcome(End.CRASHED, _how(worker, code))
             if residence.stopping:
@@ -522,8 +542,10 @@ class Supervisor:
                     return Outcome(
                         End.CRASHED, _silent(self._settings) if code is None else _how(worker, code)
                     )
+                self._steward.note(residence, await worker.adjust(None))
                 next_check = _now() + interval
             if not residence.calls and residence.expires_in(_now()) == 0.0:
+                self._steward.left(residence, "unused")
                 return Outcome(End.STOPPED, "")
 
     async def _is_well(self, residence: Residence, worker: Worker) -> bool:

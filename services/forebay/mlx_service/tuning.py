@@ -20,6 +20,7 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from forebay.mlx_service.config import MlxSettings
+from forebay.mlx_service.host import default_ceiling, usual_reserve
 from forebay.mlx_service.machine import GIB, Machine, Tier
 
 MIB = 1 << 20
@@ -35,10 +36,6 @@ SMALL_ROWS = 4
 
 SMALL = 16 * GIB
 """Memory below which a machine is small: an 8 GiB Mac lets the GPU use 5 of them, model included."""
-
-RESERVED_SHARE = 0.35
-RESERVED_LEAST = 2 * GIB
-RESERVED_MOST = 12 * GIB
 
 CACHE_SHARE = 0.05
 CACHE_LEAST = 512 * MIB
@@ -213,10 +210,8 @@ def class_of(machine: Machine) -> str:
 
 
 def ceiling(machine: Machine, reserve: int) -> int:
-    """Returns about how much memory a model and its requests may take. The worker knows it exactly."""
-    total = machine.memory_bytes
-    free = max(total - reserve, total // 4)
-    return min(free, int(machine.metal_bytes * 0.95)) if machine.metal_bytes else free
+    """Returns about how much memory models and requests may take. A running service knows it exactly."""
+    return default_ceiling(machine.memory_bytes, machine.metal_bytes or None, reserve=reserve)
 
 
 def _chunk(machine: Machine) -> Value:
@@ -247,11 +242,6 @@ def _cache_limit(machine: Machine) -> Value:
     return Value(
         size, Source.CLASS, "5 % of memory, at least 512 MiB and at most 4 GiB; unbound it takes all there is"
     )
-
-
-def usual_reserve(total: int) -> int:
-    """Returns the bytes of a machine's memory that are left to everything but a model."""
-    return min(max(int(total * RESERVED_SHARE), RESERVED_LEAST), RESERVED_MOST)
 
 
 def _reserve(machine: Machine) -> Value:

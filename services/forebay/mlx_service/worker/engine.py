@@ -8,11 +8,16 @@ A row's life is waiting, then reading its prompt, then writing, then over:
 
     waiting -> reading   a place in the batch is free and it is the row's turn
     reading -> writing   the first token came
+    reading, writing -> waiting  memory is short, and others are more urgent or were here before
     any     -> over      end token, limit, cancelled, deadline, failure
 
 A slow reader costs no unbounded memory: what waits in a ticket are the tokens
 of its row, at most as many as the row may generate, and they are read all at
 once.
+
+A row that is set aside keeps its tokens, and its place before all that came
+later. It is read again from them, so its reply is the same as if nothing had
+happened.
 
 If a step fails, nobody can tell what its lane holds. The engine then throws
 the lane away and reads every row again from its tokens, one suspect at a
@@ -38,13 +43,22 @@ from datetime import timedelta
 from functools import partial
 from typing import Protocol, TypeAlias, TypeVar, cast
 
-from forebay.kit.failure import BackendError, DeadlineExceeded, Draining, Failure, QueueFull
+from forebay.kit.failure import (
+    BackendError,
+    DeadlineExceeded,
+    Draining,
+    Failure,
+    MemoryExhausted,
+    QueueFull,
+)
+from forebay.mlx_service.ledger import mib
 from forebay.mlx_service.worker.batch import Batch, Generated, Kept, Prefilled, can_move, top_tokens
 from forebay.mlx_service.worker.cache_layout import Layout
 from forebay.mlx_service.worker.lanes import Lanes
-from forebay.mlx_service.worker.memory import KvCost, Ledger, probe
+from forebay.mlx_service.worker.memory import KvCost, Ledger, is_out_of_memory, probe, read_memory
 from forebay.mlx_service.worker.prefix_cache import MOST_MARKS, Mark, PrefixCache, PrefixStats, why_not
 from forebay.mlx_service.worker.prefix_disk import DiskStats, DiskTier, Post
+from forebay.mlx_service.worker.pressure import FREED_SHARE, Held, Level, Pressure
 from forebay.mlx_service.worker.restoring import Restoring
 from forebay.mlx_service.worker.runtime import leave_thread, mx
 from forebay.mlx_service.worker.sampling import Array, Processor, SamplingParams, processors, sampler
@@ -211,6 +225,14 @@ class EngineStats:
     """Times that a row changed its lane."""
     speculation: SpeculationStats = field(default_factory=SpeculationStats)
     """Tokens guessed."""
+    freed_bytes: int = 0
+    """Memory that mlx has freed and keeps for the next step."""
+    peak_bytes: int = 0
+    """Most memory that was in use at once since the model was loaded."""
+    preempted: int = 0
+    """Times that a row was set aside for want of memory."""
+    wanted_bytes: int = 0
+    """Ceiling with which no row would be set aside now; 0 is that there is enough."""
 
 
 class Ticket:
@@ -259,6 +281,7 @@ class _Live:
     cached: int = 0
     skipped: int = 0
     stops: frozenset[int] = frozenset()
+    number: int = 0
 
     @property
     def row(self) -> Row:
@@ -304,6 +327,7 @@ class Engine:
         new_batch: makes an empty batch of rows.
         disk: makes what keeps prefixes on disk, on the engine's thread. None keeps none.
         speculation: lets a row that runs alone write several tokens a step. None never does.
+        read: tells what memory mlx holds.
     """
 
     def __init__(
@@ -321,6 +345,7 @@ class Engine:
         new_batch: NewBatch = Batch,
         disk: Callable[[Layout, Post], DiskTier] | None = None,
         speculation: Speculation | None = None,
+        read: Callable[[], Held] = read_memory,
     ) -> None:
         self._make_batch = new_batch
         self._load = load
@@ -353,10 +378,14 @@ class Engine:
         # On the engine's thread:
         self._lanes: Lanes
         self._views: dict[str, object] = {}
+        self._view_sizes: dict[str, int] = {}
         self._end_tokens: frozenset[int]
         self._live: dict[int, _Live] = {}
         self._again: deque[_Live] = deque()
         self._queue: list[tuple[int, int, Ticket]] = []
+        self._aside: dict[Ticket, _Live] = {}
+        self._pressure = Pressure(read=read, give_back=mx.clear_cache, shrink=self._forget_prefixes)
+        self._preempted = 0
         self._count = 0
         self._outbox: list[tuple[Ticket, Happening]] = []
         self._stopped = False
@@ -365,6 +394,7 @@ class Engine:
         self._stepped_at = 0.0
         self._memory_bytes = 0
         self._cache_bytes = 0
+        self._peak_bytes = 0
         self._widths: tuple[int, ...] = ()
         self._moves = 0
 
@@ -433,7 +463,18 @@ class Engine:
             disk=DiskStats() if self._disk is None else self._disk.stats,
             moves=self._moves,
             speculation=SpeculationStats() if self._speculation is None else self._speculation.stats,
+            freed_bytes=self._pressure.held.freed,
+            peak_bytes=self._peak_bytes,
+            preempted=self._preempted,
+            wanted_bytes=self._pressure.wanted,
         )
+
+    def limit(self, ceiling: int) -> int:
+        """Changes the ceiling, but not to less than the rows accepted can come to need, and returns it."""
+        ceiling = self._ledger.limit(ceiling)
+        self._prefix_room = self._ledger.room_for_prefixes
+        self._commands.put(partial(self._limit, ceiling))
+        return ceiling
 
     async def run(self, call: Callable[[], T]) -> T:
         """Runs a call on the engine's thread, between two steps.
@@ -463,7 +504,7 @@ class Engine:
         """
         self._ledger.hold(size)
         try:
-            await self.run(partial(self._open_view, name, make))
+            await self.run(partial(self._open_view, name, make, size))
         except BaseException:
             self._commands.put(partial(self._close_view, name))  # it may be there all the same
             self._ledger.weights -= size
@@ -555,6 +596,7 @@ class Engine:
                 self._drain()
                 self._expire()
                 self._admit()
+                self._relieve()
                 if self._live:
                     self._step()
                 self._flush()
@@ -569,8 +611,6 @@ class Engine:
         # Every thread begins with the same random state; without this, equal prompts to
         # two workers would get equal "random" replies.
         mx.random.seed(int.from_bytes(os.urandom(7), "little"))
-        if self._ledger.ceiling is not None:
-            mx.set_memory_limit(self._ledger.ceiling)
         mx.set_cache_limit(self._freed_bytes)
         if self._wired_bytes and mx.metal.is_available():
             mx.set_wired_limit(self._wired_bytes)
@@ -578,7 +618,12 @@ class Engine:
         model, end_tokens = self._load()
         self._views[""] = model
         cost_alone = KvCost() if self._speculation is None else self._speculation.load(model)
-        self._post(self._weigh, int(mx.get_active_memory()) - before, probe(model), cost_alone)
+        self._pressure.weights = int(mx.get_active_memory()) - before
+        if self._ledger.ceiling is not None:
+            self._limit(self._ledger.ceiling)
+        self._cost = probe(model)
+        self._post(self._weigh, self._pressure.weights, self._cost, cost_alone)
+        mx.reset_peak_memory()
         self._end_tokens = frozenset(end_tokens)
         if self._prefixes is not None and (reason := why_not(model)) is not None:
             log.info("no prefixes are kept of this model: %s", reason)
@@ -640,8 +685,60 @@ class Engine:
             if any(token.ended for token in written):
                 return longest
 
+    def _limit(self, ceiling: int) -> None:
+        mx.set_memory_limit(ceiling)  # no more than a hint: it makes mlx wait for frees, and refuses nothing
+        room = max(0, ceiling - self._pressure.weights)
+        mx.set_cache_limit(min(self._freed_bytes, int(room * FREED_SHARE)))
+        self._pressure.limit = ceiling
+        if self._prefixes is not None:
+            self._prefixes.limit(self._prefix_room)
+
+    def _forget_prefixes(self, size: int) -> None:
+        if self._prefixes is not None:
+            self._prefixes.shrink(max(0, self._prefixes.stats.bytes - size))
+
+    def _relieve(self) -> None:
+        """Looks at the memory, and sets a row aside if nothing else helps: see `pressure`."""
+        level = self._pressure.look()
+        self._memory_bytes = self._pressure.held.used
+        if level < Level.HARD or not self._live:
+            return
+        if len(self._live) > 1:
+            self._set_aside()
+        elif self._pressure.is_hopeless(time.monotonic()):
+            ((uid, live),) = self._live.items()
+            del self._live[uid]
+            self._lanes.remove(uid)
+            self._fail(live.ticket, self._exhausted(live))
+
+    def _set_aside(self) -> None:
+        """Takes the least urgent row out, of these the youngest, and puts it back into the queue."""
+        uid = max(self._live, key=lambda each: (self._live[each].row.urgency, self._live[each].number))
+        live = self._live.pop(uid)
+        self._lanes.remove(uid)  # what attention held of it goes too: keeping it would free nothing
+        live.suspect = False
+        self._aside[live.ticket] = live
+        heapq.heappush(self._queue, (live.row.urgency, live.number, live.ticket))
+        self._preempted += 1
+        log.info("memory is short: a reply of %d tokens is set aside", len(live.written))
+
+    def _exhausted(self, live: _Live) -> MemoryExhausted:
+        held, limit = self._pressure.held.used, self._pressure.limit or 0
+        tokens = len(live.row.tokens) + len(live.written)
+        return MemoryExhausted(
+            f"the reply ran out of memory after {len(live.written)} tokens: with {tokens} tokens in all, "
+            f"{mib(held)} are in use, of these {mib(self._pressure.weights)} by the model, and the limit is "
+            f"{mib(limit)}",
+            metadata={
+                "in_use_bytes": str(held),
+                "weights_bytes": str(self._pressure.weights),
+                "ceiling_bytes": str(limit),
+            },
+        )
+
     def _measure(self) -> None:
         self._memory_bytes = int(mx.get_active_memory())
+        self._peak_bytes = int(mx.get_peak_memory())
         self._widths = tuple(self._lanes.widths)
         self._moves = self._lanes.moves
         self._cache_bytes = self._lanes.cache_bytes
@@ -650,6 +747,7 @@ class Engine:
         """Runs the commands that came. With nothing to generate it sleeps until one does."""
         restoring = self._restored
         if not (self._live or self._again or (self._queue and len(restoring) < self._rows)):
+            self._measure()  # what the last row held must not count against the next one
             try:
                 command = self._commands.get(timeout=IDLE_SECONDS)
             except queue.Empty:
@@ -678,6 +776,7 @@ class Engine:
             if live.ticket is ticket:
                 self._drop(uid)
                 return
+        self._aside.pop(ticket, None)
         if self._restoring is not None:
             for live in [live for live in self._restored if live.ticket is ticket]:
                 self._restoring.drop(live)
@@ -701,19 +800,22 @@ class Engine:
         else:
             self._post(tell, result, None)
 
-    def _open_view(self, name: str, make: Callable[[object], object]) -> None:
+    def _open_view(self, name: str, make: Callable[[object], object], size: int) -> None:
         self._views[name] = make(self._views[""])
+        self._view_sizes[name] = size
+        self._pressure.weights += size
         self._measure()
 
     def _close_view(self, name: str) -> None:
         if self._views.pop(name, None) is not None:
+            self._pressure.weights -= self._view_sizes.pop(name)
             self._lanes.close_view(name)
             gc.collect()
             mx.clear_cache()
             self._measure()
 
     def _end_view(self, name: str) -> None:
-        tickets = [live.ticket for live in (*self._live.values(), *self._again)]
+        tickets = [live.ticket for live in (*self._live.values(), *self._again, *self._restored)]
         for ticket in [*tickets, *(entry[2] for entry in self._queue)]:
             if ticket.row.view == name:
                 self._remove(ticket)
@@ -769,21 +871,43 @@ class Engine:
         """Fills the batch: rows that a fault threw out first, one suspect at a time, then those that wait."""
         suspected = any(live.suspect for live in self._live.values())
         if self._again:
-            if not suspected:
+            if not suspected and self._may_join(self._again[0]):
                 self._insert(self._again.popleft())
             return
         admitted = False
         if self._restoring is not None:
             self._restoring.give_up()
-        while self._queue and len(self._live) + len(self._restored) < self._rows and not suspected:
-            live = _Live(heapq.heappop(self._queue)[2])
-            row = live.row
-            if self._restoring is None or not self._restoring.begin(live, row.cache_key, row.tokens):
+        while (
+            self._queue
+            and len(self._live) + len(self._restored) < self._rows
+            and not suspected
+            and self._may_join(self._next())
+        ):
+            _, number, ticket = heapq.heappop(self._queue)
+            live = self._aside.pop(ticket, None) or _Live(ticket, number=number)
+            tokens = (*live.row.tokens, *live.written)
+            if self._restoring is None or not self._restoring.begin(live, live.row.cache_key, tokens):
                 self._insert(live)
             admitted = True
         if admitted or self._queue:
             for position, (_, _, ticket) in enumerate(sorted(self._queue, key=lambda entry: entry[:2])):
-                self._tell(ticket, Waiting(position))
+                if ticket not in self._aside:  # a reply that has begun has no place in a queue to be told
+                    self._tell(ticket, Waiting(position))
+
+    def _next(self) -> _Live:
+        """Returns the first row that waits."""
+        ticket = self._queue[0][2]
+        return self._aside.get(ticket) or _Live(ticket)
+
+    def _may_join(self, first: _Live) -> bool:
+        """Whether there is memory for a row. A row alone may always try."""
+        if not self._live:
+            return True
+        kept = 0 if self._prefixes is None else self._prefixes.stats.bytes
+        rows = sum(self._cost.of(len(live.row.tokens) + len(live.written)) for live in self._live.values())
+        # Rows that have just joined hold nothing yet, and what is kept of prompts makes room for rows.
+        used = max(self._pressure.weights + rows, self._pressure.held.used - kept)
+        return self._pressure.allows(used + self._cost.of(len(first.row.tokens) + len(first.written)))
 
     def _again_later(self, live: _Live) -> None:
         """Lets a row whose prefix is there in with the next that are admitted."""
@@ -886,6 +1010,9 @@ class Engine:
         log.error("a step failed: %s", type(error).__name__, exc_info=error)
         rows = [self._live.pop(uid) for uid in self._lanes.broken()]
         blamed = [live for live in rows if live.suspect] or rows
+        is_memory = is_out_of_memory(error)
+        if is_memory:
+            self._forget_prefixes(self._pressure.held.used)
         gc.collect()
         mx.clear_cache()
         for live in blamed:
@@ -893,7 +1020,7 @@ class Engine:
         # Those blamed go last, so that the others are writing again before the culprit is tried.
         for live in sorted(rows, key=lambda one: one in blamed):
             if live.faults > ROW_RETRIES:
-                self._fail(live.ticket, error)
+                self._fail(live.ticket, self._exhausted(live) if is_memory else error)
             else:
                 live.suspect = True
                 self._again.append(live)
@@ -934,6 +1061,7 @@ class Engine:
         self._live.clear()
         self._again.clear()
         self._queue.clear()
+        self._aside.clear()
         self._flush()
         if self._disk is not None and self._prefixes is not None:
             for stretch in self._prefixes.stretches() if error is None else []:

@@ -4,10 +4,8 @@ A row is refused when it comes, not when it is half written: mlx does not raise
 when memory runs out, the system ends the process. So a row reserves what it
 can come to hold, prompt and longest reply, and is refused with figures if that
 and what others reserved exceed the ceiling. Of all rows accepted only so many
-run at once; the most expensive of them are what is counted.
-
-Above the soft mark the prefix cache makes room; it holds nothing that could
-not be read again.
+run at once; the most expensive of them are what is counted. What reservations
+do not foresee, `pressure` sees.
 """
 
 from __future__ import annotations
@@ -18,28 +16,24 @@ from dataclasses import dataclass
 from datetime import timedelta
 
 from forebay.kit.failure import MemoryExhausted
-from forebay.mlx_service.tuning import usual_reserve
+from forebay.mlx_service.ledger import WANTED, mib
 from forebay.mlx_service.worker.balance import PADDED
+from forebay.mlx_service.worker.pressure import SOFT, Held
 from forebay.mlx_service.worker.runtime import BatchKVCache, make_prompt_cache, mx
 
-SOFT = 0.85
-"""Share of the ceiling above which the prefix cache makes room for rows."""
-
-METAL_SHARE = 0.95
-"""Share of what Metal recommends to use at most. Beyond it macOS begins to take memory from others."""
+_OUT_OF_MEMORY = ("malloc", "attempting to allocate", "unable to allocate", "out of memory", "resource limit")
+"""What mlx says when it cannot allocate."""
 
 
-def default_ceiling(total: int, metal: int | None = None, *, reserve: int | None = None) -> int:
-    """Returns how much memory a model and its rows may take on a machine.
+def read_memory() -> Held:
+    """Returns what MLX holds in this process."""
+    return Held(int(mx.get_active_memory()), int(mx.get_cache_memory()))
 
-    Args:
-        total: bytes of memory that it has.
-        metal: bytes that Metal recommends to use at most.
-        reserve: bytes that are left to everything else; None is what is usual.
-    """
-    reserved = usual_reserve(total) if reserve is None else reserve
-    ceiling = max(total - reserved, total // 4)
-    return ceiling if metal is None else min(ceiling, int(metal * METAL_SHARE))
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Returns whether an exception says that there is no memory: mlx has no class of its own for that."""
+    text = str(error).lower()
+    return isinstance(error, MemoryError) or any(word in text for word in _OUT_OF_MEMORY)
 
 
 def metal_memory() -> int | None:
@@ -131,7 +125,7 @@ class Ledger:
         """Bytes that may be used for what can be read again; None sets no bound."""
         if self.ceiling is None:
             return None
-        return max(0, int(self.ceiling * SOFT) - self.weights - self.reserved)
+        return max(0, int((self.ceiling - self.weights) * SOFT) - self.reserved)
 
     def reserve(self, holder: Hashable, tokens: int, *, in_use: int, retry_after: timedelta) -> None:
         """Reserves what a row of so many tokens can come to hold.
@@ -157,18 +151,24 @@ class Ledger:
         ever = self.weights + need <= self.ceiling
         when = "try again when other requests have ended" if ever else "ask for less: it never fits"
         raise MemoryExhausted(
-            f"{tokens} tokens of prompt and reply take up to {_mib(need)}; the model takes "
-            f"{_mib(self.weights)}, other requests up to {_mib(self.reserved)}, and the limit is "
-            f"{_mib(self.ceiling)}: {when}",
+            f"{tokens} tokens of prompt and reply take up to {mib(need)}; the model takes "
+            f"{mib(self.weights)}, other requests up to {mib(self.reserved)}, and the limit is "
+            f"{mib(self.ceiling)}: {when}",
             metadata={
                 "need_bytes": str(need),
                 "weights_bytes": str(self.weights),
                 "reserved_bytes": str(self.reserved),
                 "in_use_bytes": str(in_use),
                 "ceiling_bytes": str(self.ceiling),
+                WANTED: str(wanted),
             },
             retry_after=retry_after if ever else None,
         )
+
+    def limit(self, ceiling: int) -> int:
+        """Changes the ceiling, but not to less than what was accepted can come to need, and returns it."""
+        self.ceiling = max(ceiling, self.weights + self.reserved)
+        return self.ceiling
 
     def hold(self, size: int) -> None:
         """Takes memory for weights that come in addition, such as an adapter's.
@@ -176,12 +176,17 @@ class Ledger:
         Raises:
             MemoryExhausted: there is not so much left.
         """
-        if self.ceiling is not None and self.weights + self.reserved + size > self.ceiling:
+        wanted = self.weights + self.reserved + size
+        if self.ceiling is not None and wanted > self.ceiling:
             raise MemoryExhausted(
-                f"an adapter of {_mib(size)} has no room beside the model's {_mib(self.weights)} and "
-                f"requests of up to {_mib(self.reserved)}: the limit is {_mib(self.ceiling)}. Unload another "
+                f"an adapter of {mib(size)} has no room beside the model's {mib(self.weights)} and "
+                f"requests of up to {mib(self.reserved)}: the limit is {mib(self.ceiling)}. Unload another "
                 "one, or try again when requests have ended",
-                metadata={"need_bytes": str(size), "ceiling_bytes": str(self.ceiling)},
+                metadata={
+                    "need_bytes": str(size),
+                    "ceiling_bytes": str(self.ceiling),
+                    WANTED: str(wanted),
+                },
             )
         self.weights += size
 
@@ -189,7 +194,3 @@ class Ledger:
         """Gives back what a row reserved."""
         self._reserved.pop(holder, None)
         self._alone.pop(holder, None)
-
-
-def _mib(size: int) -> str:
-    return f"{size / (1 << 20):.1f} MiB"

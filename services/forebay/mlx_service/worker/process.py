@@ -31,6 +31,7 @@ from forebay.kit.metrics import Metrics
 from forebay.kit.server import Register, Serving, StartError, serving
 from forebay.kit.telemetry import Telemetry, TelemetrySettings
 from forebay.mlx_service import smg_api
+from forebay.mlx_service.host import default_ceiling
 from forebay.mlx_service.models.describe import ModelFacts, NotAModelError, describe
 from forebay.mlx_service.models.identity import Identity
 from forebay.mlx_service.shards import ShardSettings
@@ -38,6 +39,7 @@ from forebay.mlx_service.worker import smg
 from forebay.mlx_service.worker.adapters import AdapterModels, Adapters, needs_plain_layers
 from forebay.mlx_service.worker.batch import Batch
 from forebay.mlx_service.worker.cache_layout import Layout
+from forebay.mlx_service.worker.control import controlled
 from forebay.mlx_service.worker.embedding.engine import EmbeddingEngine
 from forebay.mlx_service.worker.embedding.service import assemble
 from forebay.mlx_service.worker.embedding.texts import Texts
@@ -45,7 +47,7 @@ from forebay.mlx_service.worker.engine import Engine, EngineStats, NewBatch
 from forebay.mlx_service.worker.followers import Followers, end_with
 from forebay.mlx_service.worker.grammar import Grammars
 from forebay.mlx_service.worker.load import load_draft, load_weights
-from forebay.mlx_service.worker.memory import default_ceiling, metal_memory
+from forebay.mlx_service.worker.memory import metal_memory
 from forebay.mlx_service.worker.prefix_cache import PrefixCache
 from forebay.mlx_service.worker.prefix_disk import DiskSettings, DiskTier, Post
 from forebay.mlx_service.worker.runtime import BLAS, VERSIONS, leave_thread
@@ -111,9 +113,7 @@ async def _serve(options: argparse.Namespace, settings: ServerSettings, tracing:
         facts = describe(path)
     except NotAModelError as error:
         raise ModelLoadFailed(str(error)) from error
-    ceiling = options.memory_ceiling or default_ceiling(
-        psutil.virtual_memory().total, metal_memory(), reserve=options.memory_reserve
-    )
+    ceiling = options.memory_ceiling or default_ceiling(psutil.virtual_memory().total, metal_memory())
     weights = facts.disk_bytes + _draft_bytes(options.draft_model)
     if weights > ceiling * (len(options.shards.hosts) if options.shards else 1):
         raise ModelLoadFailed(
@@ -131,7 +131,8 @@ async def _serve(options: argparse.Namespace, settings: ServerSettings, tracing:
         if facts.recipe
         else _chat(options, facts, identity, ceiling, how)
     )
-    more = _smg(service) if options.smg and isinstance(service, WorkerService) else []
+    more = [controlled(engine, ceiling)]
+    more += _smg(service) if options.smg and isinstance(service, WorkerService) else []
     _show(engine, options.model_id, tracing.metrics)
     async with process.stop_requests() as stopped:
         async with serving(settings, inference=service, models=models, more=more, telemetry=tracing) as up:
@@ -287,14 +288,6 @@ def _lanes() -> int | None:
 def _show(engine: Engine | EmbeddingEngine, model_id: str, to: Metrics) -> None:
     model = {"gen_ai.request.model": to.admit(model_id)}
 
-    def rows() -> list[tuple[float, dict[str, str]]]:
-        stats = engine.stats()
-        live = stats.live if isinstance(stats, EngineStats) else 0
-        return [
-            (live, model | {"forebay.state": "live"}),
-            (stats.waiting, model | {"forebay.state": "waiting"}),
-        ]
-
     def drafts() -> list[tuple[float, dict[str, str]]]:
         stats = engine.stats()
         done = stats.speculation if isinstance(stats, EngineStats) else SpeculationStats()
@@ -303,7 +296,6 @@ def _show(engine: Engine | EmbeddingEngine, model_id: str, to: Metrics) -> None:
             (done.accepted, model | {"forebay.state": "accepted"}),
         ]
 
-    to.observe(metrics.ROWS, rows)
     to.observe(metrics.DRAFTS, drafts)
     if isinstance(engine, Engine):
         to.observe(
@@ -433,7 +425,6 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--shards", type=ShardSettings.model_validate_json, help="how the model is shared, as JSON"
     )
-    parser.add_argument("--memory-reserve", type=int, help="bytes left to others; else by the machine's")
     parser.add_argument(
         "--prefill-chunk", type=int, default=512, help="most tokens of a prompt read in one step"
     )

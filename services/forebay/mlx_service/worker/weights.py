@@ -15,12 +15,10 @@ from typing import cast
 
 from forebay.kit.failure import ModelLoadFailed
 from forebay.mlx_service.blas import Blas
+from forebay.mlx_service.ledger import UNPACKED_ROOM
 from forebay.mlx_service.models.describe import ModelFacts
 from forebay.mlx_service.worker.runtime import LoRAEmbedding, LoRALinear, mx, nn, tree_flatten
 from forebay.mlx_service.worker.sampling import Array
-
-ROOM = 0.6
-"""Share of the memory ceiling that unpacked weights may take. The rest is for what is read and written."""
 
 BLOCK = 64
 """Columns of a block: as many as the kernels for AVX-512 compute at once."""
@@ -85,7 +83,7 @@ def plan(choice: CpuWeights, facts: ModelFacts, *, ceiling: int, blas: Blas | No
             reason += ": there is no fast BLAS"
         elif not need:
             reason += ": their number is not known"
-        elif need > ROOM * ceiling:
+        elif need > UNPACKED_ROOM * ceiling:
             reason += f": as float32 they would take {need} of {ceiling} bytes"
         else:
             return unpacked

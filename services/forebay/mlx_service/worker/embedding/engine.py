@@ -23,6 +23,7 @@ from typing import TypeAlias
 
 from forebay.kit.failure import BackendError, DeadlineExceeded, Draining, Failure, QueueFull
 from forebay.mlx_service.worker.embedding.batcher import Batcher, Pending, padded
+from forebay.mlx_service.worker.memory import read_memory
 from forebay.mlx_service.worker.runtime import leave_thread, mx
 from forebay.mlx_service.worker.sampling import Array
 
@@ -80,6 +81,12 @@ class EmbedStats:
     """Memory that mlx holds in use: weights and temporaries."""
     faults: int
     """Batches that failed."""
+    weights_bytes: int = 0
+    """Bytes of the model's weights."""
+    freed_bytes: int = 0
+    """Memory that mlx has freed and keeps for the next batch."""
+    peak_bytes: int = 0
+    """Most memory that was in use at once since the model was loaded."""
 
 
 class Job:
@@ -166,6 +173,9 @@ class EmbeddingEngine:
         self._faults = 0
         self._began: float | None = None
         self._memory_bytes = 0
+        self._weights_bytes = 0
+        self._freed_bytes = 0
+        self._peak_bytes = 0
         self._answered = 0
         self._step_seconds = 0.0
 
@@ -228,7 +238,15 @@ class EmbeddingEngine:
             last_step_age=0.0 if began is None else time.monotonic() - began,
             memory_bytes=self._memory_bytes,
             faults=self._faults,
+            weights_bytes=self._weights_bytes,
+            freed_bytes=self._freed_bytes,
+            peak_bytes=self._peak_bytes,
         )
+
+    def limit(self, ceiling: int) -> int:
+        """Bounds what mlx keeps of freed memory by a ceiling, and returns it."""
+        self._commands.put(partial(self._limit, ceiling))
+        return ceiling
 
     @property
     def has_ended(self) -> bool:
@@ -288,7 +306,10 @@ class EmbeddingEngine:
             self._end(error)
 
     def _start_model(self) -> None:
+        before = int(mx.get_active_memory())
         self._embed = self._load()
+        self._weights_bytes = int(mx.get_active_memory()) - before
+        mx.reset_peak_memory()
         lanes = self._lanes or _cores()
         self._streams = [mx.default_stream(mx.default_device())]
         self._streams += [mx.new_stream(mx.default_device()) for _ in range(lanes - 1)]
@@ -304,7 +325,18 @@ class EmbeddingEngine:
             fits = [budget for budget in BUDGETS if budget * self._token_seconds <= BATCH_SECONDS]
             self._batcher.budget = max(fits, default=BUDGETS[0])
         mx.clear_cache()
-        self._memory_bytes = int(mx.get_active_memory())
+        self._measure()
+
+    def _limit(self, ceiling: int) -> None:
+        room = max(0, ceiling - self._weights_bytes)
+        mx.set_memory_limit(ceiling)
+        mx.set_cache_limit(room // 2)  # a batch makes and frees much more than it keeps
+        self._measure()
+
+    def _measure(self) -> None:
+        held = read_memory()
+        self._memory_bytes, self._freed_bytes = held.used, held.freed
+        self._peak_bytes = int(mx.get_peak_memory())
 
     def _timed(self, texts: Sequence[bytes]) -> float:
         """Embeds texts and returns the seconds that took."""
@@ -319,6 +351,7 @@ class EmbeddingEngine:
                 self._commands.get(timeout=IDLE_SECONDS)()
             except queue.Empty:
                 mx.clear_cache()
+                self._measure()
                 self._commands.get()()
         while True:
             try:
@@ -370,7 +403,7 @@ class EmbeddingEngine:
             self._began = None
         self._steps += 1
         self._texts += len(batch)
-        self._memory_bytes = int(mx.get_active_memory())
+        self._measure()
         news: dict[Job, list[tuple[bytes, Vector | Failure]]] = {}
         for entry, result in zip(batch, results, strict=True):
             for job in entry.waiters:
