@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import random
 from collections.abc import Callable
 
@@ -184,6 +185,21 @@ def test_a_full_queue_refuses_and_says_when_to_come_back() -> None:
     assert caught.value.retry_after is not None
     assert caught.value.retry_after.total_seconds() == pytest.approx(20.0)
     assert desk.admission.tally.full == 2
+
+
+def test_a_full_queue_of_urgent_calls_lets_the_oldest_other_live_to_age() -> None:
+    desk = Desk(queue=10, ageing=10.0)
+    running = [desk.come(INTERACTIVE)]
+    batch = [desk.come(BATCH) for _ in range(3)]
+    waiting: list[Ticket] = []
+    for number in range(60):  # three come in the time in which one is done
+        desk.now += 1.0
+        with contextlib.suppress(QueueFull):
+            waiting.append(desk.come(INTERACTIVE, f"caller {number % 7}"))
+        if number % 3 == 2:
+            done = next(ticket for ticket in [*running, *batch, *waiting] if ticket.turn is Turn.RUNNING)
+            desk.finish(done)
+    assert [ticket.turn for ticket in batch] == [Turn.OVER, Turn.DROPPED, Turn.DROPPED]
 
 
 def test_no_queue_at_all_refuses_whatever_cannot_run() -> None:

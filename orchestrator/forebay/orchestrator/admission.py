@@ -44,6 +44,9 @@ _RATES = 256
 _CALLERS = 1024
 """Callers whose counters are remembered while they have no call here."""
 
+_ROOMY = 8
+"""Waiting calls above which one place for the oldest of each urgency is little."""
+
 _MOST_DEBT = 100_000.0
 """Tokens a caller can be behind the others: an hour at 30 tokens a second. More would punish a busy night
 on an idle machine for longer than anybody remembers it."""
@@ -434,16 +437,20 @@ class Admission:
 
     def _victim(self, newcomer: Ticket) -> Ticket | None:
         """Returns the waiting call that has less right to a place than the newcomer, or None."""
-        now = self._clock()
         counts: dict[str, int] = {newcomer.caller: 0}
-        # It is the next to profit from its age, and so the one call that is sure of its turn.
-        oldest = next((ticket for ticket in self._waiting if self._is_aged(ticket, now)), None)
+        # The oldest is the next to profit from its age, and so the one call that is sure of its turn. Where
+        # places are many the oldest of each urgency is, or none would live to age while urgent calls keep coming.
+        now = self._clock()
+        is_roomy = len(self._waiting) > _ROOMY
+        spared: dict[int, Ticket] = {}
         for ticket in self._waiting:
+            if is_roomy or (not spared and self._is_aged(ticket, now)):
+                spared.setdefault(ticket.urgency, ticket)
             counts[ticket.caller] = counts.get(ticket.caller, 0) + (ticket is not newcomer)
         found: tuple[int, int, int] | None = None
         victim = None
         for ticket in self._waiting:
-            if ticket is newcomer or ticket is oldest:
+            if ticket is newcomer or ticket is spared.get(ticket.urgency):
                 continue
             is_less_urgent = ticket.urgency > newcomer.urgency
             # A caller with a crowd here gives a place to one with few, their youngest call's.
