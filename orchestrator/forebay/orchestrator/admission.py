@@ -439,7 +439,7 @@ class Admission:
         """Returns the waiting call that has less right to a place than the newcomer, or None."""
         counts: dict[str, int] = {newcomer.caller: 0}
         # The oldest is the next to profit from its age, and so the one call that is sure of its turn. Where
-        # places are many the oldest of each urgency is, or none would live to age while urgent calls keep coming.
+        # places are many the oldest of each urgency is, or none would live to age under ever new urgent ones.
         now = self._clock()
         is_roomy = len(self._waiting) > _ROOMY
         spared: dict[int, Ticket] = {}
