@@ -63,12 +63,16 @@ async def test_a_process_serves_what_its_command_line_says(tmp_path: Path) -> No
 
 async def test_a_killed_process_ends_its_streams_and_its_port() -> None:
     async with ServiceProcess(MODULE, ["--token-delay", "20ms", "--token-count", "500"]) as process:
+        events: list[pb.GenerateResponse] = []
         async with client(process.address) as peer:
-            asyncio.get_running_loop().call_later(0.2, process.signal, signal.SIGKILL)
-            with pytest.raises(CallError) as raised:
-                await peer.generate(ask())
-            assert raised.value.code is grpc.StatusCode.UNAVAILABLE
-            assert 0 < len(grammar.deltas(raised.value.events)) < 500
+            with pytest.raises(grpc.aio.AioRpcError) as raised:
+                async with peer.stream(ask()) as stream:
+                    async for event in stream:
+                        if event.HasField("delta") and not grammar.deltas(events):
+                            process.signal(signal.SIGKILL)
+                        events.append(event)
+            assert raised.value.code() is grpc.StatusCode.UNAVAILABLE
+            assert 0 < len(grammar.deltas(events)) < 500
         assert await process.wait() == -signal.SIGKILL
 
 
