@@ -64,13 +64,17 @@ async def test_a_process_serves_what_its_command_line_says(tmp_path: Path) -> No
 async def test_a_killed_process_ends_its_streams_and_its_port() -> None:
     async with ServiceProcess(MODULE, ["--token-delay", "20ms", "--token-count", "500"]) as process:
         events: list[pb.GenerateResponse] = []
+
+        async def read(peer: Client) -> None:
+            async with peer.stream(ask()) as stream:
+                async for event in stream:
+                    if event.HasField("delta") and not grammar.deltas(events):
+                        process.signal(signal.SIGKILL)
+                    events.append(event)
+
         async with client(process.address) as peer:
             with pytest.raises(grpc.aio.AioRpcError) as raised:
-                async with peer.stream(ask()) as stream:
-                    async for event in stream:
-                        if event.HasField("delta") and not grammar.deltas(events):
-                            process.signal(signal.SIGKILL)
-                        events.append(event)
+                await read(peer)
             assert raised.value.code() is grpc.StatusCode.UNAVAILABLE
             assert 0 < len(grammar.deltas(events)) < 500
         assert await process.wait() == -signal.SIGKILL
