@@ -15,6 +15,9 @@ CHECKED := services/forebay orchestrator/forebay
 JOBS ?= 4
 PYTEST := $(BIN)/python -m pytest
 
+# What is tested is what is here, whatever the shell has on its path.
+unexport PYTHONPATH
+
 .PHONY: help run demo test unit contract e2e lint format protos bench live soak llama-server lock clean compose-up compose-down compose-image
 
 help: ## Lists the targets.
