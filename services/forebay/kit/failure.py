@@ -7,12 +7,13 @@ that the other process raised.
 
 from __future__ import annotations
 
+import copy
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from enum import Enum
-from typing import ClassVar
+from typing import ClassVar, Self
 
 import grpc
 from google.protobuf import any_pb2
@@ -93,6 +94,13 @@ class Failure(Exception):
 
     def __repr__(self) -> str:
         return f"<{self.reason} {self.message!r}>"
+
+    def own(self) -> Self:
+        """Returns a copy for one of several callers: whoever passes a failure on adds to its metadata."""
+        mine = copy.copy(self)
+        mine.metadata = dict(self.metadata)
+        mine.__cause__ = self
+        return mine
 
     def to_status(self) -> status_pb2.Status:
         """Returns the failure as a `google.rpc.Status` that fits in trailers."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import copy
 from collections.abc import Callable, Coroutine
 from datetime import timedelta
 from typing import Literal, Protocol
@@ -212,10 +211,7 @@ class _Flight:
             del self._followers[follower]
             self._read.set()
         if self._failure is not None:
-            # Each gets their own: whoever passes a failure on adds to it.
-            own = copy.copy(self._failure)
-            own.metadata = dict(self._failure.metadata)
-            raise own from self._failure
+            raise self._failure.own()
 
     def _wake(self) -> None:
         for follower in self._followers:

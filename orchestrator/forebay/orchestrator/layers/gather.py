@@ -8,7 +8,6 @@ while calls are in flight those that come wait a few milliseconds for each other
 from __future__ import annotations
 
 import asyncio
-import copy
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -211,11 +210,7 @@ class _Group:
         """Tells everyone who has no answer yet, or has them ask alone where one of them may be the cause."""
         may_be_one = len(self._members) > 1 and failure.fault is Fault.CALLER
         for member in self._members:
-            # Each gets their own: whoever passes a failure on adds to it.
-            own = copy.copy(failure)
-            own.metadata = dict(failure.metadata)
-            own.__cause__ = failure
-            _settle(member, None if may_be_one else own)
+            _settle(member, None if may_be_one else failure.own())
 
 
 def _settle(member: _Member, answer: pb.EmbedResponse | Failure | None) -> None:
