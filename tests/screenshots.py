@@ -158,6 +158,7 @@ async def main(seconds: float, out: Path) -> None:
             *engines(),
             telemetry=Telemetry(provider.get_tracer("pictures"), provider),
             backend={"slots": 4},
+            placement={"memory": "48GiB"},  # as a Mac has it, whatever this machine has
             web_address="127.0.0.1:0",
             trace_url="http://127.0.0.1:16686/trace/{trace_id}",
         )
