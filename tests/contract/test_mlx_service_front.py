@@ -44,6 +44,7 @@ from forebay.models.v1 import models_pb2 as models_pb
 from forebay.models.v1 import models_pb2_grpc as models_rpc
 from forebay.testing import grammar
 from forebay.testing.calls import ask
+from promptly import promptly
 
 FAKE = (sys.executable, str(Path(__file__).parents[1] / "mlx_fake_worker.py"))
 
@@ -216,17 +217,22 @@ async def test_a_worker_killed_in_the_middle_interrupts_its_calls_at_once_and_th
 ):
     async with front(tmp_path, behaviours={"m": SLOW}, restart_backoff_min="0s") as rig:
         whole = grammar.text(await rig.generate(token_count=50))
-        pid = rig.pid()
-        events, failure, seconds = await rig.failing(after=lambda: os.kill(pid, signal.SIGKILL), at=5)
-        assert failure.reason == "STREAM_INTERRUPTED"
-        assert failure.code is grpc.StatusCode.ABORTED
-        assert seconds <= 0.1
-        grammar.check(events, complete=False)
-        text = grammar.text(events)
-        assert text
-        assert whole.startswith(text) or text.startswith(whole)
-        grammar.check(await rig.generate(token_count=5))
-        assert len(rig.starts()) == 2
+
+        async def interrupted() -> float:
+            starts = len(rig.starts())
+            pid = rig.pid()
+            events, failure, seconds = await rig.failing(after=lambda: os.kill(pid, signal.SIGKILL), at=5)
+            assert failure.reason == "STREAM_INTERRUPTED"
+            assert failure.code is grpc.StatusCode.ABORTED
+            grammar.check(events, complete=False)
+            text = grammar.text(events)
+            assert text
+            assert whole.startswith(text) or text.startswith(whole)
+            grammar.check(await rig.generate(token_count=5))
+            assert len(rig.starts()) == starts + 1
+            return seconds
+
+        await promptly(0.1, interrupted)
 
 
 async def test_a_worker_killed_before_its_first_delta_is_unavailable(tmp_path):
@@ -256,13 +262,17 @@ async def test_all_calls_of_a_dead_worker_fail_and_other_models_do_not_notice(tm
 async def test_a_frozen_worker_ends_its_calls_within_3_s_and_is_replaced(tmp_path):
     async with front(tmp_path, behaviours={"m": SLOW}, health_timeout="1s", restart_backoff_min="0s") as rig:
         await rig.generate(token_count=1)
-        pid = rig.pid()
-        events, failure, seconds = await rig.failing(after=lambda: os.kill(pid, signal.SIGSTOP), at=5)
-        assert failure.reason == "STREAM_INTERRUPTED"
-        assert seconds <= 3.0
-        grammar.check(events, complete=False)
-        grammar.check(await rig.generate(token_count=5))
-        assert is_gone(pid)
+
+        async def ended() -> float:
+            pid = rig.pid()
+            events, failure, seconds = await rig.failing(after=lambda: os.kill(pid, signal.SIGSTOP), at=5)
+            assert failure.reason == "STREAM_INTERRUPTED"
+            grammar.check(events, complete=False)
+            grammar.check(await rig.generate(token_count=5))
+            assert is_gone(pid)
+            return seconds
+
+        await promptly(3.0, ended, tries=3)
 
 
 async def test_an_idle_frozen_worker_is_found_and_replaced(tmp_path):
@@ -279,15 +289,20 @@ async def test_an_idle_frozen_worker_is_found_and_replaced(tmp_path):
 async def test_a_caller_that_leaves_frees_the_worker_within_100_ms(tmp_path):
     async with front(tmp_path, behaviours={"m": SLOW}) as rig:
         await rig.generate(token_count=1)
-        call = rig.stub.Generate(ask(model="m", token_count=1000))
-        async for event in call:
-            if event.HasField("delta"):
-                break
-        since = time.monotonic()
-        call.cancel()
-        await until(lambda: rig.journal()[-1]["fate"] == "cancelled")
-        assert time.monotonic() - since <= 0.1
-        await until(lambda: rig.supervisor.residence("m").calls == 0)
+
+        async def left() -> float:
+            call = rig.stub.Generate(ask(model="m", token_count=1000))
+            async for event in call:
+                if event.HasField("delta"):
+                    break
+            since = time.monotonic()
+            call.cancel()
+            await until(lambda: rig.journal()[-1]["fate"] == "cancelled")
+            seconds = time.monotonic() - since
+            await until(lambda: rig.supervisor.residence("m").calls == 0)
+            return seconds
+
+        await promptly(0.1, left)
 
 
 async def test_the_deadline_reaches_the_worker(tmp_path):
