@@ -35,4 +35,5 @@ async def test_a_thousand_broken_streams_are_gone_on_with_or_strict_prefixes(tmp
         while running.tally.faults.total() < 1000:
             for kind in KINDS:
                 await running.round(kind, STREAMS)
+            print(f"{running.tally.faults.total():>9,} of 1,000 streams broken", flush=True)
         print(running.tally)

@@ -18,9 +18,12 @@ from referencing.exceptions import Unresolvable
 from forebay.inference.v1 import inference_pb2 as pb
 from forebay.kit.failure import FormatViolated, InvalidRequest, PromptTruncated
 from forebay.kit.pipeline import Call, Event, Request, Send, Service, Serving
-from forebay.orchestrator.routing.classify import MOST_CHARACTERS_PER_TOKEN, classify
+from forebay.orchestrator.routing.classify import MOST_WORDS_PER_TOKEN, least_tokens
 
 _FIELD = "output_format.json_schema"
+
+_LEAST_BYTES_PER_TOKEN = 2 * MOST_WORDS_PER_TOKEN
+"""Bytes of text behind each token that it must at least have: no text has more of those tokens."""
 
 Fault = Callable[[object], str]
 """Returns the keyword of a schema that a value violates, or an empty string."""
@@ -135,12 +138,12 @@ class _Check:
     def _least_tokens(self, read: int) -> int:
         """Returns how many tokens must have been read; 0 where they certainly were, or need not be."""
         request = self._request
-        # A character is a byte at least, so most replies need no count of the characters.
-        if read * MOST_CHARACTERS_PER_TOKEN >= request.ByteSize():
+        # A word and the space after it are two bytes at least, so most replies need no count of the words.
+        if read * _LEAST_BYTES_PER_TOKEN >= request.ByteSize():
             return 0
         if pb.DEGRADATION_KIND_PROMPT_TRUNCATED in request.accepted_degradations:
             return 0
-        return classify(request).least_tokens
+        return least_tokens(request)
 
 
 async def _nothing() -> None:
