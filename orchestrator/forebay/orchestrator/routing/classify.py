@@ -30,6 +30,9 @@ that leaves room for vocabularies that join words, which common pairs of words a
 SHORT_CHARACTERS = 4_000
 """Text so short fits wherever anything does, and its words are not counted."""
 
+PLAIN = frozenset({pb.CAPABILITY_GENERATE, pb.CAPABILITY_EMBED, pb.CAPABILITY_COUNT_TOKENS})
+"""Capabilities that are no speciality: whoever lists a model for it can do them, or is refused."""
+
 USUAL_OUTPUT_TOKENS = 256.0
 """Tokens of a reply where nobody set a limit, or set one that few replies reach."""
 
@@ -72,6 +75,11 @@ class Traits:
     """Characters that some part of which is likely to be read too: tools, and the other texts to embed."""
     output_tokens: float = 0.0
     """Tokens that its reply is likely to have."""
+
+    @property
+    def specialities(self) -> frozenset[pb.Capability.ValueType]:
+        """What it needs beyond plain text."""
+        return self.needs - PLAIN
 
     @property
     def likely_tokens(self) -> float:
