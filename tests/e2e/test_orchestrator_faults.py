@@ -28,7 +28,7 @@ async def test_a_hundred_broken_streams_are_gone_on_with_or_strict_prefixes(tmp_
         assert set(running.tally.faults) == set(KINDS)
 
 
-@pytest.mark.soak
+@pytest.mark.soak(minutes=4)
 @pytest.mark.timeout(1800)
 async def test_a_thousand_broken_streams_are_gone_on_with_or_strict_prefixes(tmp_path: Path) -> None:
     async with campaign(tmp_path, seed_of_today()) as running:

@@ -478,7 +478,7 @@ def test_every_schedule_keeps_the_promises(block: int) -> None:
         Schedule(seed).run(60)
 
 
-@pytest.mark.soak
+@pytest.mark.soak(minutes=1)
 @pytest.mark.timeout(3 * 3600)
 def test_ten_thousand_schedules_keep_the_promises() -> None:
     for seed in counted(10_000, "schedules of the queue"):

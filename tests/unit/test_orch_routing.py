@@ -360,6 +360,14 @@ def test_equals_share_the_calls() -> None:
     assert 60 < names.count("a") < 140
 
 
+@pytest.mark.parametrize(("picker", "picked"), [("best", {"a"}), ("two", {"a", "b"})])
+def test_the_picker_is_the_configured_one(picker: str, picked: set[str]) -> None:
+    views = [view("a"), view("b", weight=0.5), view("c", weight=0.1)]
+    decider = Router(weights=ScorerWeights(), picker=picker, source=random.Random(0))
+    chosen = [decider.decide(ask(), views).chosen for _ in range(60)]
+    assert {candidate.name for candidate in chosen if candidate is not None} == picked
+
+
 def test_two_random_choices_never_take_the_worst_of_three() -> None:
     source = random.Random(0)
     picks = {two([0.9, 0.5, 0.1], source) for _ in range(200)}

@@ -285,7 +285,7 @@ def test_whatever_happens_the_promises_hold(block: int) -> None:
     assert outcomes["left"] > 20
 
 
-@pytest.mark.soak
+@pytest.mark.soak(minutes=12)
 @pytest.mark.timeout(3 * 3600)
 def test_in_ten_thousand_schedules_of_calls_and_faults_the_promises_hold() -> None:
     outcomes: Counter[str] = Counter()
