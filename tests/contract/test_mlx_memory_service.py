@@ -222,7 +222,7 @@ async def test_requests_leave_nothing_behind(tmp_path: Path) -> None:
     assert growth(told, "files") == 0
 
 
-@pytest.mark.soak
+@pytest.mark.soak(minutes=8)
 @pytest.mark.timeout(3600)
 async def test_ten_thousand_requests_leave_nothing_behind(tmp_path: Path) -> None:
     told = await probe("requests", 10_000, tiny_models.build_random(tmp_path / "m"))
@@ -232,7 +232,7 @@ async def test_ten_thousand_requests_leave_nothing_behind(tmp_path: Path) -> Non
     assert growth(told, "files") == 0
 
 
-@pytest.mark.soak
+@pytest.mark.soak(minutes=3)
 @pytest.mark.timeout(3600)
 async def test_a_thousand_models_dropped_in_one_process_leave_no_array_behind(tmp_path: Path) -> None:
     told = await probe("engines", 1000, tiny_models.build_random(tmp_path / "m"))
@@ -241,7 +241,7 @@ async def test_a_thousand_models_dropped_in_one_process_leave_no_array_behind(tm
     assert growth(told, "files") == 0
 
 
-@pytest.mark.soak
+@pytest.mark.soak(minutes=90)
 @pytest.mark.timeout(4 * 3600)
 async def test_a_thousand_loads_and_unloads_leave_nothing_and_every_stop_is_clean(tmp_path: Path) -> None:
     """Counts exit codes, orphans, open files and memory of the process that supervises."""
@@ -292,7 +292,7 @@ async def test_after_any_harm_to_a_worker_the_next_call_is_served_and_the_ledger
         assert memory.used_bytes == memory.reserved_bytes == 0
 
 
-@pytest.mark.soak
+@pytest.mark.soak(minutes=5)
 @pytest.mark.timeout(1800)
 async def test_any_harm_to_a_worker_is_over_3_s_after_the_load_that_mends_it_could_begin(
     tmp_path: Path,
