@@ -19,7 +19,8 @@ def drawn(params: SamplingParams) -> np.ndarray:
     logprobs = mx.array(np.log(np.tile(CHANCES, (DRAWS, 1))).astype(np.float32))
     tokens = np.array(sampler(params, position=0)(logprobs))
     counts: np.ndarray = np.bincount(tokens, minlength=CHANCES.size)
-    return counts / DRAWS
+    shares: np.ndarray = counts / DRAWS
+    return shares
 
 
 def among(tokens: set[int], temperature: float = 1.0) -> np.ndarray:
