@@ -22,6 +22,7 @@ import grpc
 import grpc.aio
 import psutil
 import pytest
+from google.protobuf.duration_pb2 import Duration
 
 import tiny_encoders
 import tiny_models
@@ -457,6 +458,29 @@ async def test_loading_by_name_tells_how_far_it_is_and_how_long_it_took(tmp_path
         assert [e.WhichOneof("event") for e in again] == ["loaded"]
         assert again[0].loaded.load_duration.ToNanoseconds() == 0
         assert len(rig.starts()) == 1
+
+
+async def test_a_model_of_the_pin_list_is_pinned_however_it_is_loaded(tmp_path):
+    async with front(tmp_path, pinned=["nick"], aliases={"nick": "m"}, preload=["nick"]) as rig:
+        await rig.engine.preload()
+        assert rig.supervisor.residence("m").options.pinned
+        await rig.load("nick")
+        described = await rig.manage.GetModel(models_pb.GetModelRequest(model="m"))
+        assert described.model.pinned
+
+
+async def test_a_load_of_no_context_or_of_a_time_before_now_is_refused(tmp_path):
+    async with front(tmp_path) as rig:
+        for wrong in (
+            models_pb.LoadModelRequest(model="m", context_token_count=0),
+            models_pb.LoadModelRequest(model="m", context_token_count=-4),
+            models_pb.LoadModelRequest(model="m", keep_alive_duration=Duration(seconds=-1)),
+            models_pb.LoadModelRequest(model="m", keep_alive_duration=Duration(seconds=10**15)),
+        ):
+            with pytest.raises(grpc.aio.AioRpcError) as caught:
+                _ = [e async for e in rig.manage.LoadModel(wrong)]
+            assert caught.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+        assert not rig.starts()
 
 
 async def test_options_that_mlx_does_not_have_are_refused(tmp_path):

@@ -500,6 +500,21 @@ async def test_an_unused_model_leaves_after_its_time_and_a_pinned_one_does_not()
 
 
 @virtual
+async def test_models_of_the_pin_list_stay_and_others_leave_for_room():
+    launch = Launcher()
+    lists = {"pinned": ("alias", "b"), "aliases": {"alias": "a"}}
+    async with supervisor(launch, max_loaded_models=3, keep_alive="10s", **lists) as s:
+        for model in "abcd":
+            await use(s, model)
+        assert s.residence("c").state is State.AVAILABLE
+        await asyncio.sleep(12)
+        states = {id_: s.residence(id_).state for id_ in "abd"}
+        assert states == {"a": State.ACTIVE, "b": State.ACTIVE, "d": State.AVAILABLE}
+        await s.unload("a", force=False)
+        assert s.residence("a").state is State.AVAILABLE
+
+
+@virtual
 async def test_the_longest_unused_model_makes_room():
     launch = Launcher()
     async with supervisor(launch, max_loaded_models=2) as s:

@@ -80,6 +80,12 @@ class MlxSettings(ServerSettings):
     preload: tuple[str, ...] | None = Field(
         None, description="Models to load at start. Default: the default model. An empty list loads none."
     )
+    pinned: tuple[str, ...] = Field(
+        (),
+        description="Models that stay in memory once they are loaded, by identifier or alias: neither "
+        "`keep_alive` nor others that need the room drive them out, only an unload by name. What is to be "
+        "there from the start is in `preload` too.",
+    )
     max_loaded_models: int = Field(
         2,
         ge=1,
@@ -252,6 +258,10 @@ class MlxSettings(ServerSettings):
                     f"adapters: {adapter.name!r} needs a name of its own and a model as its base"
                 )
         return self
+
+    def pins(self, model_id: str) -> bool:
+        """Whether a model stays in memory whatever else comes."""
+        return model_id in {self.aliases.get(name, name) for name in self.pinned}
 
     @property
     def smg(self) -> str:

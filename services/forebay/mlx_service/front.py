@@ -110,7 +110,7 @@ class MlxEngine:
             try:
                 id_, prepare = await self._source(name)
                 await self._supervisor.load(
-                    id_, prepare, _no_one, self._options(models_pb.LoadModelRequest())
+                    id_, prepare, _no_one, self._options(id_, models_pb.LoadModelRequest())
                 )
                 if (adapter := self._companions.adapter(name)) is not None:
                     await self._load_adapter(adapter, (id_, prepare), _ignore)
@@ -199,7 +199,7 @@ class MlxEngine:
 
         id_, prepare = await self._source(request.model)
         was_loaded = self._supervisor.residence(id_).state is State.ACTIVE
-        options = self._options(request)
+        options = self._options(id_, request)
         residence = await self._supervisor.load(id_, prepare, waiting, options)
         if (adapter := self._companions.adapter(request.model)) is not None:
             await self._load_adapter(adapter, (id_, prepare), send)
@@ -382,7 +382,7 @@ class MlxEngine:
             )
         return await self._fetches.join(id_, lambda report: pull_from_hub(id_, self._hub_cache, report), tell)
 
-    def _options(self, request: models_pb.LoadModelRequest) -> Options:
+    def _options(self, id_: str, request: models_pb.LoadModelRequest) -> Options:
         keep_alive = self._settings.keep_alive
         if request.HasField("keep_alive_duration"):
             keep_alive = request.keep_alive_duration.ToTimedelta()
@@ -390,7 +390,9 @@ class MlxEngine:
         if request.HasField("context_token_count"):
             context = request.context_token_count
         return Options(
-            context_token_count=context, keep_alive=keep_alive.total_seconds(), pinned=request.pinned
+            context_token_count=context,
+            keep_alive=keep_alive.total_seconds(),
+            pinned=request.pinned or self._settings.pins(id_),
         )
 
     async def _describe(self, entry: Entry) -> pb.Model:

@@ -264,7 +264,11 @@ class Supervisor:
         """Returns a model's place."""
         if model_id not in self._residences:
             keep_alive = self._settings.keep_alive.total_seconds()
-            options = Options(keep_alive=keep_alive, context_token_count=self._settings.context_token_count)
+            options = Options(
+                context_token_count=self._settings.context_token_count,
+                keep_alive=keep_alive,
+                pinned=self._settings.pins(model_id),
+            )
             self._residences[model_id] = Residence(model_id, options)
         return self._residences[model_id]
 
