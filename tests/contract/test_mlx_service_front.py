@@ -673,10 +673,14 @@ def test_workers_are_told_what_is_configured():
     assert settings.worker_environment == {
         "FOREBAY_MLX__CPU_BLAS": "/opt/libopenblas.so",
         "FOREBAY_MLX__CPU_THREADS": "3",
+        "FOREBAY_MLX__CACHE_DIR": "/c",
     }
     plain = MlxSettings.model_validate({"cache_dir": "/c", "prefix_cache_bytes": 0, "prompt_lookup": False})
     assert worker_arguments(plain) == ["--prefix-cache", "0", "--digests", "/c/digests"]
-    assert plain.worker_environment == {"FOREBAY_MLX__CPU_BLAS": "auto"}
+    assert plain.worker_environment == {
+        "FOREBAY_MLX__CPU_BLAS": "auto",
+        "FOREBAY_MLX__CACHE_DIR": "/c",
+    }
 
 
 def test_a_socket_path_that_is_too_long_moves_to_a_shorter_folder(tmp_path, monkeypatch):

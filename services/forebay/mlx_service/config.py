@@ -12,6 +12,7 @@ from forebay.kit.config import Address, ByteSize, Duration, ServerSettings, Sett
 from forebay.mlx_service import blas
 from forebay.mlx_service.default_model import DEFAULT_MODEL
 from forebay.mlx_service.fetch import default_cache_dir
+from forebay.mlx_service.quick_import import FOLDER_VARIABLE
 from forebay.mlx_service.shards import ShardSettings
 
 DIGESTS = "digests"
@@ -261,7 +262,7 @@ class MlxSettings(ServerSettings):
     @property
     def worker_environment(self) -> dict[str, str]:
         """Environment variables that all workers get: what they have to know before they import mlx."""
-        variables = {blas.LIBRARY_VARIABLE: self.cpu_blas}
+        variables = {blas.LIBRARY_VARIABLE: self.cpu_blas, FOLDER_VARIABLE: str(self.cache_dir)}
         if self.cpu_threads is not None:
             variables[blas.THREADS_VARIABLE] = str(self.cpu_threads)
         return variables
