@@ -625,6 +625,23 @@ async def test_a_reply_that_needs_more_memory_than_there_is_is_refused_and_nobod
         assert rig.supervisor.residence("idle").state is State.ACTIVE
 
 
+@pytest.mark.parametrize(("needs", "fits"), [(690 << 20, True), (900 << 20, False)], ids=["fits", "does not"])
+async def test_an_adapter_that_is_loaded_by_name_gets_its_memory_as_a_reply_does(tmp_path, needs, fits):
+    behaviours = {"m": {"adapter_needs": needs}, "idle": {}}
+    adapters = [{"name": "small", "path": tmp_path / "small", "base": "m"}]
+    async with front(tmp_path, behaviours=behaviours, adapters=adapters, memory_ceiling="800MiB") as rig:
+        await rig.load("idle")
+        await rig.load("m")
+        if fits:
+            await rig.load("small")
+        else:
+            with pytest.raises(grpc.aio.AioRpcError) as caught:
+                await rig.load("small")
+            assert from_rpc_error(caught.value, backend="mlx").reason == "MEMORY_EXHAUSTED"
+        assert rig.supervisor.residence("idle").state is (State.AVAILABLE if fits else State.ACTIVE)
+        assert rig.supervisor.residence("m").state is State.ACTIVE
+
+
 # The program.
 
 
