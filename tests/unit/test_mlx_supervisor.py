@@ -41,6 +41,7 @@ class FakeWorker:
         self.ready_at = now() + load
         self.graces: list[float] = []
         self.stop_takes = 0.0
+        self.stop_code = 0
         if dies is not None:
             asyncio.get_running_loop().call_later(dies, self.die, code)
 
@@ -71,7 +72,7 @@ class FakeWorker:
         self.graces.append(grace)
         await asyncio.sleep(self.stop_takes)
         if self.exit_code is None:
-            self.exit_code = -15
+            self.exit_code = self.stop_code
 
 
 class Launcher:
@@ -126,6 +127,17 @@ async def test_a_model_is_loaded_when_it_is_asked_for_and_stays():
         assert s.residence("m").load_seconds == pytest.approx(1.0, abs=0.1)
         assert "m ACTIVE calls 0" in repr(s)
     assert len(launch.workers) == 1
+
+
+@virtual
+async def test_a_worker_that_aborts_when_it_is_asked_to_end_is_told_of(caplog):
+    launch = Launcher()
+    async with supervisor(launch) as s:
+        for code in (0, -6):
+            (await use(s)).stop_code = code
+            await s.unload("m", force=False)
+            assert ("did not stop in peace" in caplog.text) is (code != 0)
+    assert "it was ended by SIGABRT" in caplog.text
 
 
 @virtual

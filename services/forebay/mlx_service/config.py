@@ -210,7 +210,8 @@ class MlxSettings(ServerSettings):
         "is bound by `load_timeout` and the caller's deadline instead.",
     )
     restart_backoff_min: Duration = Field(
-        timedelta(milliseconds=250), description="Wait before the first restart of a crashed worker."
+        timedelta(milliseconds=250),
+        description="Wait before the second restart of a worker that crashes. The first is immediate.",
     )
     restart_backoff_max: Duration = Field(
         timedelta(seconds=15), description="Longest wait before a restart; waits double up to it."
@@ -230,7 +231,9 @@ class MlxSettings(ServerSettings):
         timedelta(seconds=1), description="How often each worker is asked whether it is well."
     )
     health_timeout: Duration = Field(
-        timedelta(seconds=5), description="A worker that does not answer for this long is replaced."
+        timedelta(seconds=5),
+        description="A worker that does not answer for this long is replaced. One that the system has "
+        "stopped, as SIGSTOP does, is replaced half a second after that is seen.",
     )
     stop_grace: Duration = Field(
         timedelta(seconds=5), description="How long a worker may take to end before it is killed."

@@ -541,6 +541,10 @@ class Supervisor:
                 residence.become(State.LOADING, outcome.detail)
             silent = outcome.end is not End.STOPPED and worker.exit_code is None
             await worker.stop(0.0 if silent else self._settings.stop_grace.total_seconds())
+            if outcome.end is End.STOPPED and (code := worker.exit_code):
+                logger.warning(
+                    "worker %d of %s did not stop in peace: %s", worker.pid, residence.id, _how(worker, code)
+                )
         return outcome
 
     def _label(self, residence: Residence) -> dict[str, str]:
