@@ -664,6 +664,23 @@ async def test_a_reply_that_needs_more_memory_than_there_is_is_refused_and_nobod
         assert rig.supervisor.residence("idle").state is State.ACTIVE
 
 
+@pytest.mark.parametrize(("needs", "fits"), [(690 << 20, True), (900 << 20, False)], ids=["fits", "does not"])
+async def test_an_adapter_that_is_loaded_by_name_gets_its_memory_as_a_reply_does(tmp_path, needs, fits):
+    behaviours = {"m": {"adapter_needs": needs}, "idle": {}}
+    adapters = [{"name": "small", "path": tmp_path / "small", "base": "m"}]
+    async with front(tmp_path, behaviours=behaviours, adapters=adapters, memory_ceiling="800MiB") as rig:
+        await rig.load("idle")
+        await rig.load("m")
+        if fits:
+            await rig.load("small")
+        else:
+            with pytest.raises(grpc.aio.AioRpcError) as caught:
+                await rig.load("small")
+            assert from_rpc_error(caught.value, backend="mlx").reason == "MEMORY_EXHAUSTED"
+        assert rig.supervisor.residence("idle").state is (State.AVAILABLE if fits else State.ACTIVE)
+        assert rig.supervisor.residence("m").state is State.ACTIVE
+
+
 # The program.
 
 
@@ -712,10 +729,14 @@ def test_workers_are_told_what_is_configured():
     assert settings.worker_environment == {
         "FOREBAY_MLX__CPU_BLAS": "/opt/libopenblas.so",
         "FOREBAY_MLX__CPU_THREADS": "3",
+        "FOREBAY_MLX__CACHE_DIR": "/c",
     }
     plain = MlxSettings.model_validate({"cache_dir": "/c", "prefix_cache_bytes": 0, "prompt_lookup": False})
     assert worker_arguments(plain) == ["--prefix-cache", "0", "--digests", "/c/digests"]
-    assert plain.worker_environment == {"FOREBAY_MLX__CPU_BLAS": "auto"}
+    assert plain.worker_environment == {
+        "FOREBAY_MLX__CPU_BLAS": "auto",
+        "FOREBAY_MLX__CACHE_DIR": "/c",
+    }
 
 
 def test_a_socket_path_that_is_too_long_moves_to_a_shorter_folder(tmp_path, monkeypatch):

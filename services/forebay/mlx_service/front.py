@@ -146,9 +146,7 @@ class MlxEngine:
                 try:
                     await relay_generate(worker.stub.Generate, request, call, watched, self._name)
                 except MemoryExhausted as failure:
-                    # Only refusals before the first event name a limit that would do.
-                    wanted = int(failure.metadata.get(WANTED, "0"))
-                    if not wanted or not await self._supervisor.widen(id_, wanted):
+                    if not await self._widened(id_, failure):
                         raise
                     await relay_generate(worker.stub.Generate, request, call, watched, self._name)
 
@@ -259,15 +257,23 @@ class MlxEngine:
     async def _load_adapter(
         self, adapter: AdapterSettings, base: tuple[str, Prepare], send: SendLoad
     ) -> None:
-        async with self._worker(base, _no_one) as (_, worker):
+        async with self._worker(base, _no_one) as (id_, worker):
             try:
-                async for event in worker.models.LoadModel(models_pb.LoadModelRequest(model=adapter.name)):
-                    if event.WhichOneof("event") == "progress":
-                        await send(event)
-            except (grpc.aio.AioRpcError, grpc.aio.UsageError) as error:
-                raise failure_of(error, self._name, committed=False) from error
+                await self._open_adapter(adapter, worker, send)
+            except MemoryExhausted as failure:
+                if not await self._widened(id_, failure):
+                    raise
+                await self._open_adapter(adapter, worker, send)
         loaded = models_pb.ModelLoaded(model=await self._describe_adapter(adapter))
         await send(models_pb.LoadModelResponse(loaded=loaded))
+
+    async def _open_adapter(self, adapter: AdapterSettings, worker: Worker, send: SendLoad) -> None:
+        try:
+            async for event in worker.models.LoadModel(models_pb.LoadModelRequest(model=adapter.name)):
+                if event.WhichOneof("event") == "progress":
+                    await send(event)
+        except (grpc.aio.AioRpcError, grpc.aio.UsageError) as error:
+            raise failure_of(error, self._name, committed=False) from error
 
     async def _unload_adapter(
         self, adapter: AdapterSettings, *, force: bool
@@ -288,6 +294,14 @@ class MlxEngine:
 
     def _usable(self, id_: str) -> Worker | None:
         return self._supervisor.residence(id_).usable
+
+    async def _widened(self, id_: str, failure: MemoryExhausted) -> bool:
+        """Gives a model's worker the memory that it refused for lack of. Returns whether it has it now.
+
+        Only refusals before the first event name a limit that would do.
+        """
+        wanted = int(failure.metadata.get(WANTED, "0"))
+        return bool(wanted) and await self._supervisor.widen(id_, wanted)
 
     def _served(self, name: str, id_: str) -> str:
         """By what name the worker of a model knows what a caller named."""
