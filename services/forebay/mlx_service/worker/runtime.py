@@ -6,6 +6,7 @@ precautions are taken before the first import whichever module comes first.
 
 from __future__ import annotations
 
+import importlib
 import os
 import resource
 from importlib import metadata
@@ -33,7 +34,6 @@ _setrlimit = resource.setrlimit
 resource.setrlimit = _keep_limit
 try:
     import mlx.core as mx
-    import mlx_lm.generate
     from mlx import nn
     from mlx.utils import tree_flatten
     from mlx_lm.generate import BatchGenerator, StopSequences, generation_stream
@@ -52,9 +52,12 @@ try:
 finally:
     resource.setrlimit = _setrlimit
 
+# The package has a function of the same name in the module's place.
+generate = importlib.import_module("mlx_lm.generate")
+
 # `BatchGenerator` wires the model's memory when it is made. Wired memory and more than one request
 # together have panicked macOS kernels; unwired memory has not, and costs nothing measurable.
-mlx_lm.generate.maybe_set_recommended_wired_limit = lambda: None
+generate.maybe_set_recommended_wired_limit = lambda: None
 
 # Caches grow by this many tokens. Growing by mlx-lm's 256 would make a row of a dozen tokens hold twenty
 # times what it needs; growing by 64 copies a cache once in 64 steps, each of which reads all of it anyway.
