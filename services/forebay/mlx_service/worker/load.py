@@ -26,7 +26,7 @@ def load_weights(path: Path, how: Plan = STORED) -> object:
     try:
         model, _ = load_model(path, lazy=how.is_float32, strict=True, trust_remote_code=False)
         if how.is_float32:
-            unpack(model, is_blocked=how.is_blocked)
+            unpack(model, is_blocked=how.is_blocked, is_transposed=how.is_transposed)
     except Exception as error:
         raise _failed(path, "its weights", error) from error
     return model
