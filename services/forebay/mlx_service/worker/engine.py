@@ -681,7 +681,7 @@ class Engine:
             _, written = self._lanes.step()
             longest = max(longest, time.monotonic() - began)
             if written:
-                self.vocabulary_size = int(written[0].logprobs.shape[-1])
+                self.vocabulary_size = int(written[0].chances.logits.shape[-1])
             if any(token.ended for token in written):
                 return longest
 
@@ -991,8 +991,9 @@ class Engine:
             logprob: float | None = None
             top: tuple[tuple[int, float], ...] = ()
             if live.row.top_logprobs is not None:
-                logprob = float(generated.logprobs[generated.token].item())
-                top = tuple(top_tokens(generated.logprobs, live.row.top_logprobs))
+                logprobs = generated.chances.logprobs()
+                logprob = float(logprobs[generated.token].item())
+                top = tuple(top_tokens(logprobs, live.row.top_logprobs))
             self._tell(
                 live.ticket,
                 Written(generated.token, now, logprob, top, generated.drafted, generated.accepted),

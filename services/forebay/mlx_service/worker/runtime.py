@@ -10,6 +10,7 @@ import importlib
 import os
 import resource
 from importlib import metadata
+from typing import Any
 
 from forebay.mlx_service import blas
 
@@ -45,6 +46,7 @@ try:
         RotatingKVCache,
         make_prompt_cache,
     )
+    from mlx_lm.models.rope_utils import Llama3RoPE
     from mlx_lm.tokenizer_utils import TokenizerWrapper
     from mlx_lm.tuner.lora import LoRAEmbedding, LoRALinear
     from mlx_lm.utils import _get_classes as model_classes
@@ -53,7 +55,7 @@ finally:
     resource.setrlimit = _setrlimit
 
 # The package has a function of the same name in the module's place.
-generate = importlib.import_module("mlx_lm.generate")
+generate: Any = importlib.import_module("mlx_lm.generate")
 
 # `BatchGenerator` wires the model's memory when it is made. Wired memory and more than one request
 # together have panicked macOS kernels; unwired memory has not, and costs nothing measurable.
@@ -82,11 +84,13 @@ __all__ = [
     "BatchKVCache",
     "CacheList",
     "KVCache",
+    "Llama3RoPE",
     "LoRAEmbedding",
     "LoRALinear",
     "RotatingKVCache",
     "StopSequences",
     "TokenizerWrapper",
+    "generate",
     "generation_stream",
     "leave_thread",
     "load_adapters",
