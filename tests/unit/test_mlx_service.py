@@ -217,7 +217,7 @@ async def test_waiting_replies_are_told_their_place_and_served_by_urgency(random
             return reply
 
         async with asyncio.TaskGroup() as tasks:
-            tasks.create_task(run("first", 60, pb.PRIORITY_UNSPECIFIED))
+            tasks.create_task(run("first", 450, pb.PRIORITY_UNSPECIFIED))
             await until(lambda: tiny.engine.stats().live == 1)
             batch = tasks.create_task(run("batch", 2, pb.PRIORITY_BATCH))
             await until(lambda: tiny.engine.stats().waiting == 1)

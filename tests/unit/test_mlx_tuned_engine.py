@@ -31,6 +31,7 @@ async def test_memory_is_wired_only_where_there_is_metal_and_freed_memory_is_bou
     monkeypatch.setattr(engines.mx.metal, "is_available", lambda: has_metal)
     monkeypatch.setattr(engines.mx, "set_wired_limit", told.append)
     monkeypatch.setattr(engines.mx, "set_cache_limit", kept.append)
+    monkeypatch.setattr(engines.mx, "device_info", lambda: {"max_recommended_working_set_size": 99})
     folder = tiny_models.build_random(tmp_path / "m", hidden=16, layers=1)
     engine = Engine(
         lambda: (load_weights(folder), ()), rows=1, prefill_most=16, freed_bytes=12345, wired_bytes=4096
