@@ -26,10 +26,10 @@ def engine(name: str, *models: str) -> ScriptedEngine:
 
 
 @asynccontextmanager
-async def shown(mesh: Mesh) -> AsyncIterator[tuple[Top, Pilot[None]]]:
+async def shown(mesh: Mesh, *, size: tuple[int, int] = SIZE) -> AsyncIterator[tuple[Top, Pilot[None]]]:
     async with connected(mesh.address) as client:
         top = Top(client, interval=0.05)
-        async with top.run_test(size=SIZE, notifications=True) as pilot:
+        async with top.run_test(size=size, notifications=True) as pilot:
             yield top, pilot
 
 
@@ -155,6 +155,22 @@ async def test_pausing_holds_the_screen_still(tmp_path: Path) -> None:
         assert rows(pilot, "recent-rows") == []
         await pilot.press("p")
         await until(pilot, lambda: len(rows(pilot, "recent-rows")) == 1)
+
+
+@pytest.mark.parametrize("width", [40, 80, 200])
+async def test_every_line_has_its_place_however_narrow_the_terminal_is(tmp_path: Path, width: int) -> None:
+    async with Mesh(tmp_path, engine("a")) as mesh, shown(mesh, size=(width, 24)) as (top, pilot):
+        await until(pilot, lambda: len(rows(pilot, "backends")) == 1)
+        await pilot.press("p")  # so that these figures stay
+        totals = top.picture.totals
+        for field in totals.DESCRIPTOR.fields:
+            if field.type == field.TYPE_INT64:
+                setattr(totals, field.name, 123_456)
+        top.draw()
+        await pilot.pause()
+        lines = screen(pilot).splitlines()
+        assert [line.split()[0] for line in lines[:4]] == ["forebay", "running", "requests", "tokens/s"]
+        assert [line.split()[0] for line in lines[5:7]] == ["backend", "a"]
 
 
 async def test_names_from_outside_are_shown_as_they_are_and_move_nothing(tmp_path: Path) -> None:

@@ -1,19 +1,23 @@
-"""Whatever the layers do to a request is counted, under the names that the docs have."""
+"""Whatever the layers do to a request is counted, and told on its span, under names that the docs have."""
 
 from __future__ import annotations
 
 import asyncio
 from pathlib import Path
+from typing import Any
 
 import grpc.aio
 import pytest
 from opentelemetry.sdk.metrics import MeterProvider
 from opentelemetry.sdk.metrics.export import HistogramDataPoint, InMemoryMetricReader, NumberDataPoint
+from opentelemetry.sdk.trace import TracerProvider
+from opentelemetry.sdk.trace.export import SimpleSpanProcessor
+from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 
-from contract.orchestrator_mesh import WAIT_SECONDS, Mesh
+from contract.orchestrator_mesh import WAIT_SECONDS, Mesh, until
 from forebay.inference.v1 import inference_pb2 as pb
 from forebay.kit.metrics import Metrics
-from forebay.kit.telemetry import Telemetry, off
+from forebay.kit.telemetry import Telemetry
 from forebay.testing.calls import ask, with_options
 from forebay.testing.client import client as client_of
 from forebay.testing.otlp import OtlpReceiver
@@ -23,12 +27,28 @@ from forebay.testing.scripted import ScriptedEngine, ScriptedModel
 
 
 class Measured:
-    """Telemetry whose metrics can be read."""
+    """Telemetry whose metrics and spans can be read."""
 
     def __init__(self) -> None:
         self._reader = InMemoryMetricReader()
         meters = MeterProvider([self._reader], shutdown_on_exit=False)
-        self.telemetry = Telemetry(off().tracer, metrics=Metrics(meters.get_meter("test")))
+        self._spans = InMemorySpanExporter()
+        tracers = TracerProvider(shutdown_on_exit=False)
+        tracers.add_span_processor(SimpleSpanProcessor(self._spans))
+        self.telemetry = Telemetry(
+            tracers.get_tracer("test"), tracers, metrics=Metrics(meters.get_meter("test"))
+        )
+
+    async def events(self, name: str, count: int = 1) -> list[dict[str, Any]]:
+        """Returns the events of that name once there are so many, all on spans of whole requests."""
+
+        def found() -> list[tuple[str, dict[str, Any]]]:
+            spans = self._spans.get_finished_spans()
+            return [(s.name, dict(e.attributes or {})) for s in spans for e in s.events if e.name == name]
+
+        await until(lambda: len(found()) >= count)
+        assert {span for span, _ in found()} <= {"chat m", "embeddings m"}
+        return [attributes for _, attributes in found()]
 
     def points(self, name: str) -> dict[tuple[str, ...], float]:
         """Returns value, or a histogram's count, by the labels' values in the order of their names."""
@@ -61,6 +81,13 @@ async def test_a_reply_that_another_backend_went_on_with_is_counted_by_who_was_l
         await mesh.generate(request)
         assert found.points("forebay.continuations") == {("STREAM_INTERRUPTED", "a"): 1}
         assert found.points("forebay.admission.duration") == {("normal",): 1}
+        (continued,) = await found.events("forebay.continued")
+        assert continued.pop("forebay.text_length") > 0
+        assert continued == {
+            "forebay.backend": "b",
+            "forebay.lost_backend": "a",
+            "error.type": "STREAM_INTERRUPTED",
+        }
 
 
 async def test_who_is_turned_away_is_counted_with_the_reason(tmp_path: Path) -> None:
@@ -77,7 +104,24 @@ async def test_who_is_turned_away_is_counted_with_the_reason(tmp_path: Path) -> 
         with pytest.raises(grpc.aio.AioRpcError):
             await mesh.generate(urgent)
         assert found.points("forebay.admission.refusals") == {("QUEUE_FULL", "interactive"): 1}
+        (refused,) = await found.events("forebay.admit")
+        assert refused == {"forebay.queue.seconds": 0.0, "forebay.queue.refused": "QUEUE_FULL"}
         call.cancel()
+
+
+async def test_who_waits_for_a_turn_is_told_for_how_long(tmp_path: Path) -> None:
+    found = Measured()
+    async with Mesh(tmp_path, engine("a"), telemetry=found.telemetry, backend={"slots": 1}) as mesh:
+        slow = with_options(ask(model="m"), token_count=5000, token_delay="5ms")
+        call = mesh.client.Generate(slow, timeout=WAIT_SECONDS)
+        await call.read()
+        waiting = asyncio.create_task(mesh.generate(ask(model="m")))
+        await until(lambda: mesh.orchestrator.admission.waiting == 1)
+        call.cancel()
+        await waiting
+        (admitted,) = await found.events("forebay.admit")
+        assert admitted["forebay.queue.seconds"] > 0
+        assert admitted["forebay.queue.refused"] == ""
 
 
 async def test_a_race_is_counted_by_its_winner_and_so_is_what_it_wasted(tmp_path: Path) -> None:
@@ -92,6 +136,10 @@ async def test_a_race_is_counted_by_its_winner_and_so_is_what_it_wasted(tmp_path
         await mesh.generate(request)
         assert found.points("forebay.hedges") == {("b",): 1}
         assert found.points("forebay.hedge.wasted") == {(): 1}
+        (race,) = await found.events("forebay.hedge")
+        assert race["forebay.hedge.backends"] == ("a", "b")
+        assert race["forebay.hedge.winner"] == "b"
+        assert race["forebay.hedge.wasted_seconds"] > 0
 
 
 async def test_who_joins_a_reply_is_counted(tmp_path: Path) -> None:
@@ -101,6 +149,22 @@ async def test_who_joins_a_reply_is_counted(tmp_path: Path) -> None:
         request.sampling.temperature = 0
         await asyncio.gather(mesh.generate(request), mesh.generate(request))
         assert found.points("forebay.coalesced") == {(): 1}
+        assert len(await found.events("forebay.coalesced")) == 1
+
+
+async def test_what_a_cache_had_is_counted_and_so_is_what_it_had_not(tmp_path: Path) -> None:
+    found = Measured()
+    async with Mesh(tmp_path, engine("a"), telemetry=found.telemetry, cache={"max_bytes": "1MiB"}) as mesh:
+        request = ask(model="m")
+        request.sampling.temperature = 0
+        request.routing.cache = pb.CACHE_POLICY_USE
+        await mesh.generate(request)
+        await mesh.generate(request)
+        counted = found.points("forebay.cache.lookups")
+        assert (counted["replies", "miss"], counted["replies", "hit"]) == (1, 1)
+        missed, hit = await found.events("forebay.cache", 2)
+        assert missed == {"forebay.cache.hits": 0, "forebay.cache.misses": 1}
+        assert hit == {"forebay.cache.hits": 1, "forebay.cache.misses": 0}
 
 
 async def test_embeddings_that_went_together_are_counted(tmp_path: Path) -> None:
@@ -109,6 +173,8 @@ async def test_embeddings_that_went_together_are_counted(tmp_path: Path) -> None
         one = with_options(pb.EmbedRequest(model="m", texts=["x"]), first_delay="50ms")
         await asyncio.gather(*(mesh.client.Embed(one, timeout=WAIT_SECONDS) for _ in range(3)))
         assert found.points("forebay.embed.gathered") == {(): 1}
+        # The first goes at once, for there is nobody to wait for; the others go together.
+        assert await found.events("forebay.gathered", 2) == [{"forebay.calls": 2}] * 2
 
 
 async def test_a_slow_bucket_names_a_trace_to_look_at(tmp_path: Path) -> None:

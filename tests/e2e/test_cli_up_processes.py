@@ -17,6 +17,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Self
 
+import aiohttp
 import psutil
 import pytest
 
@@ -126,7 +127,9 @@ class Command:
         return code
 
 
-def configure(folder: Path, backend: str, *, address: str = "127.0.0.1:0", more: str = "") -> None:
+def configure(
+    folder: Path, backend: str, *, address: str = "127.0.0.1:0", more: str = "", web: str = ""
+) -> None:
     (folder / "forebay.toml").write_text(
         f"""
 [up]
@@ -136,6 +139,7 @@ restart_delay = "10ms"
 [orchestrator]
 address = "{address}"
 default_model = "a"
+{f'web_address = "{web}"' if web else ""}
 [[orchestrator.backends]]
 name = "scripted"
 address = "{backend}"
@@ -164,6 +168,16 @@ async def test_once_prints_the_answer_alone_on_stdout_and_leaves_nothing(tmp_pat
             assert "\x1b" not in command.out + command.err
             assert command.family
             assert command.living() == []
+
+
+async def test_where_there_is_a_dashboard_its_address_is_told_and_opens(tmp_path: Path) -> None:
+    async with scripted() as backend:
+        configure(tmp_path, backend, web="127.0.0.1:0")
+        async with Command(tmp_path, "up") as command, aiohttp.ClientSession() as session:
+            url = (await command.says(r"its dashboard is at (http://127\.0\.0\.1:\d+/)\n"))[1]
+            async with session.get(url) as answer:
+                assert answer.status == 200
+                assert "<title>" in await answer.text()
 
 
 async def test_once_fails_with_the_failure_s_code_and_keeps_what_came(tmp_path: Path) -> None:

@@ -123,12 +123,24 @@ def test_the_summary_tells_of_the_queue_only_while_somebody_waits() -> None:
     assert "next in 2.00 s" in shown
 
 
+def test_what_never_happened_is_left_out_of_the_summary_unless_it_is_a_failure() -> None:
+    picture = Picture()
+    assert "requests 0   failed 0   refused 0\n" in str(cells.summary(picture))
+    picture.totals.hedge_count = 3
+    assert "refused 0   hedged 3\n" in str(cells.summary(picture))
+
+
 def test_the_headline_says_what_cannot_be_followed() -> None:
     picture = Picture()
     assert "live" in str(cells.headline(picture, "h:1", is_paused=False))
     assert "paused" in str(cells.headline(picture, "h:1", is_paused=True))
     picture.losses["activity"] = "nothing answers"
-    assert "nothing answers, trying again" in str(cells.headline(picture, "h:1", is_paused=True))
+    picture.losses["backends"] = "nothing answers"
+    assert "◌ nothing answers, trying again" in str(cells.headline(picture, "h:1", is_paused=True))
+    picture.losses["backends"] = "it may not"
+    assert "◌ nothing answers; it may not, trying again" in str(
+        cells.headline(picture, "h:1", is_paused=True)
+    )
 
 
 def test_a_decision_names_its_trace() -> None:

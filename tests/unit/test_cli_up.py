@@ -100,6 +100,37 @@ def test_without_an_orchestrator_nobody_is_told_anything() -> None:
     assert "--config" not in made.programs[0].command
 
 
+@pytest.mark.parametrize(
+    ("web", "more", "url"),
+    [
+        ("127.0.0.1:50350", "", "http://127.0.0.1:50350/"),
+        ("localhost:7", "", "http://localhost:7/"),
+        ("[::1]:7", "", "http://[::1]:7/"),
+        ("0.0.0.0:7", "insecure_listen = true", "http://127.0.0.1:7/"),
+        ("[::]:7", "insecure_listen = true", "http://[::1]:7/"),
+        ("127.0.0.1:7", 'tls_certificate = "c.pem"\ntls_key = "k.pem"', "https://127.0.0.1:7/"),
+    ],
+)
+def test_where_the_dashboard_is_is_known_as_a_url_that_this_machine_can_open(
+    web: str, more: str, url: str
+) -> None:
+    assert up.plan(write(f'[orchestrator]\nweb_address = "{web}"\n{more}\n')).dashboard == url
+
+
+def test_a_free_port_for_the_dashboard_is_chosen_before_it_starts() -> None:
+    made = up.plan(write(FREE.replace("[orchestrator]", '[orchestrator]\nweb_address = "127.0.0.1:0"')))
+    address = made.programs[-1].env["FOREBAY_ORCHESTRATOR__WEB_ADDRESS"]
+    assert made.dashboard == f"http://{address}/"
+    assert not address.endswith(":0")
+
+
+def test_without_an_address_for_it_there_is_no_dashboard_and_nothing_else_serves_one() -> None:
+    assert up.plan(write(FREE)).dashboard == ""
+    text = FREE.replace("[orchestrator]", '[orchestrator]\nweb_address = "127.0.0.1:50350"')
+    made = up.plan(write(text), only=["mlx"])
+    assert (made.dashboard, made.pages) == ("", {})
+
+
 def test_the_services_of_the_configuration_are_started() -> None:
     assert up.plan(write('[up]\nservices = ["orchestrator"]')).services == ("orchestrator",)
 
@@ -192,6 +223,15 @@ def test_a_taken_port_is_reported_with_its_holder_and_nothing_starts(
     assert f"(pid {os.getpid()})" in err
     assert "nothing was started" in err
     assert err.count("\n") == 1
+
+
+@pytest.mark.parametrize("key", ["web_address", "metrics_address"])
+def test_the_port_of_a_page_is_looked_at_too(
+    taken: str, key: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write(f'[orchestrator]\naddress = "127.0.0.1:0"\n{key} = "{taken}"\n')
+    assert main(["up", "--only", "orchestrator"]) == ExitCode.UNAVAILABLE
+    assert capsys.readouterr().err.startswith(f"error: orchestrator.{key}: {taken} is taken by ")
 
 
 def test_every_taken_port_is_a_line(taken: str) -> None:

@@ -15,6 +15,7 @@ import sys
 import tomllib
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import pytest
 import yaml
@@ -115,6 +116,19 @@ def test_nothing_is_published_beyond_this_machine_and_every_image_is_pinned(comp
     assert compose["services"]["mlx-service"]["profiles"] == ["mlx-cpu"]
     text = (ROOT / "docker-compose.yml").read_text() + (DEPLOY / "forebay.toml").read_text()
     assert not re.search(r"PASSWORD: |token = ", text), "secrets come from files"
+
+
+def test_the_dashboard_is_published_and_its_links_lead_to_the_jaeger_beside_it(
+    compose: dict[str, Any], settings: dict[str, Any]
+) -> None:
+    found = settings["orchestrator"]
+    port = found.web_address.rpartition(":")[2]
+    assert f"127.0.0.1:{port}:{port}" in compose["services"]["orchestrator"]["ports"]
+    assert found.web_hosts == (), "what shares the compose network is not who the page is for"
+    link = urlsplit(found.trace_url)
+    assert link.path == "/trace/{trace_id}"
+    assert link.hostname == "localhost"
+    assert f"127.0.0.1:{link.port}:{link.port}" in compose["services"]["jaeger"]["ports"]
 
 
 def test_the_image_runs_as_nobody_in_particular_and_copies_what_exists() -> None:

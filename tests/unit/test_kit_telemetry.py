@@ -7,12 +7,15 @@ import http.client
 import socket
 import time
 from collections.abc import Iterator
+from typing import Any
 
+import grpc.aio
 import pytest
 from aiohttp import web
 from aiohttp.test_utils import TestServer
 from opentelemetry import context as otel_context
 from opentelemetry import trace
+from opentelemetry.sdk.metrics.export import MetricExportResult, MetricsData
 from opentelemetry.sdk.trace import ReadableSpan, TracerProvider
 from opentelemetry.sdk.trace.export import SimpleSpanProcessor
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
@@ -23,6 +26,7 @@ from forebay.kit.config import ServerSettings
 from forebay.kit.failure import BackendError, CallerLeft, Internal, InvalidRequest
 from forebay.kit.metrics import MOST_MODELS, OTHER, Metrics
 from forebay.kit.pipeline import Call, Event, Request
+from forebay.kit.push import Pusher
 from forebay.kit.spans import Ending, ending_of
 from forebay.kit.telemetry import Telemetry, TelemetrySettings
 from forebay.testing.calls import ask
@@ -182,6 +186,59 @@ async def test_metrics_are_pushed_to_a_collector() -> None:
         (point,) = otlp.points("forebay.retries")
         assert (point.service, point.value) == ("forebay-x", 3)
         await asyncio.to_thread(found.shutdown)
+
+
+class Asked(grpc.aio.ServerInterceptor):
+    """Notes which methods were called."""
+
+    def __init__(self) -> None:
+        self.methods: list[str] = []
+
+    async def intercept_service(self, continuation: Any, details: grpc.HandlerCallDetails) -> Any:
+        self.methods.append(details.method)
+        return await continuation(details)
+
+
+NO_FIGURES = MetricsData(resource_metrics=[])
+
+
+async def test_a_collector_of_traces_alone_is_asked_once_and_not_pushed_to(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    caplog.set_level("INFO")
+    asked = Asked()
+    server = grpc.aio.server(interceptors=[asked])  # without a service for metrics, as a Jaeger
+    port = server.add_insecure_port("127.0.0.1:0")
+    await server.start()
+    pusher = Pusher(f"http://127.0.0.1:{port}", timeout=30)
+    for _ in range(3):
+        assert await asyncio.to_thread(pusher.export, NO_FIGURES) is MetricExportResult.SUCCESS
+    assert len(asked.methods) == 1
+    assert caplog.messages == [f"127.0.0.1:{port} takes no metrics, as Jaeger does not: only traces go there"]
+    pusher.shutdown()
+    await server.stop(None)
+
+
+async def test_a_collector_that_was_away_is_asked_again() -> None:
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{found.getsockname()[1]}"
+    pusher = Pusher(f"http://{address}", timeout=1)
+    assert await asyncio.to_thread(pusher.export, NO_FIGURES) is MetricExportResult.FAILURE
+    server = grpc.aio.server()
+    server.add_insecure_port(address)
+    await server.start()
+    async with asyncio.timeout(60):
+        while await asyncio.to_thread(pusher.export, NO_FIGURES) is MetricExportResult.FAILURE:
+            pass
+    pusher.shutdown()
+    await server.stop(None)
+
+
+def test_a_collector_over_tls_is_not_asked_without_its_certificates() -> None:
+    pusher = Pusher("https://127.0.0.1:1", timeout=0.1)
+    assert pusher.export(NO_FIGURES) is MetricExportResult.FAILURE
+    pusher.shutdown()
 
 
 @pytest.mark.parametrize("silenced", ["TRACES", "METRICS"])

@@ -70,6 +70,9 @@ class FakeWorker:
     def tail(self):
         return ()
 
+    def is_stopped(self):
+        return False
+
     async def is_well(self, timeout):
         return self.exit_code is None and now() >= self.ready_at
 

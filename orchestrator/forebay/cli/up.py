@@ -13,7 +13,7 @@ import fcntl
 import json
 import signal
 import socket
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Annotated, cast
@@ -46,6 +46,9 @@ from forebay.mlx_service.fetch import default_cache_dir, is_complete
 
 ORCHESTRATOR = "orchestrator"
 
+WEB = f"{ORCHESTRATOR}.web_address"
+"""The setting that asks for a dashboard."""
+
 FETCH = "forebay.mlx_service.fetch"
 """The program that fetches the embedded default model."""
 
@@ -72,6 +75,10 @@ class Plan:
     """Names of the services, in order."""
     addresses: Mapping[str, str]
     """Where each listens."""
+    pages: Mapping[str, str] = field(default_factory=dict)
+    """Addresses of web pages, by the setting that asks for each."""
+    dashboard: str = ""
+    """URL of the orchestrator's dashboard. Empty where it has none."""
     programs: tuple[Program, ...]
     tls_roots: Mapping[str, Path] = field(default_factory=dict)
     """Certificates of the services that have one, by name: we trust what we start."""
@@ -98,6 +105,13 @@ def plan(path: Path | None, only: Sequence[str] = ()) -> Plan:
         if isinstance(section := sections[name], ServerSettings)
     }
     env = _mesh(sections, addresses)
+    pages = _pages(sections, addresses)
+    dashboard = ""
+    if WEB in pages:
+        section = sections[ORCHESTRATOR]
+        if pages[WEB] != getattr(section, "web_address", None):
+            env["FOREBAY_ORCHESTRATOR__WEB_ADDRESS"] = pages[WEB]
+        dashboard = _url(pages[WEB], tls=getattr(section, "tls_certificate", None) is not None)
     config = ("--config", str(path)) if path is not None else ()
     programs = tuple(
         Program(
@@ -112,6 +126,8 @@ def plan(path: Path | None, only: Sequence[str] = ()) -> Plan:
         up=up,
         services=names,
         addresses=addresses,
+        pages=pages,
+        dashboard=dashboard,
         programs=programs,
         tls_roots={
             name: section.tls_certificate
@@ -159,6 +175,21 @@ def _fixed(address: str) -> str:
     with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET, socket.SOCK_STREAM) as probe:
         probe.bind((host.strip("[]"), 0))
         return f"{host}:{probe.getsockname()[1]}"
+
+
+def _pages(sections: Mapping[str, Settings], names: Iterable[str]) -> dict[str, str]:
+    """Returns the addresses of the web pages that services serve besides gRPC, by their settings."""
+    asked = [(name, key) for name in names for key in ("metrics_address", "web_address")]
+    found = {f"{name}.{key}": getattr(sections[name], key, None) for name, key in asked}
+    return {setting: _fixed(address) for setting, address in found.items() if address}
+
+
+def _url(address: str, *, tls: bool) -> str:
+    """Returns what to open in a browser of this machine for a page that is bound to an address."""
+    host, _, port = address.rpartition(":")
+    # Whoever listens on all addresses listens on this one, and the other is no name of anybody.
+    named = {"0.0.0.0": "127.0.0.1", "[::]": "[::1]"}.get(host, host)  # noqa: S104  # replaced, not bound
+    return f"{'https' if tls else 'http'}://{named}:{port}/"
 
 
 def _mesh(sections: Mapping[str, Settings], addresses: Mapping[str, str]) -> dict[str, str]:
@@ -390,7 +421,7 @@ class Up:
             await fetch_default_model(self._voice, self._plan.fetch)
         async with contextlib.AsyncExitStack() as alone:
             await alone.enter_async_context(starting_alone(self._voice))
-            check_ports(self._plan.addresses)
+            check_ports({**self._plan.addresses, **self._plan.pages})
             code = await self._supervisor.run(lambda: self._interruptible(lambda: self._serve(alone)))
         if self._interrupted:
             self._voice.say("stopped", style="dim")
@@ -408,6 +439,8 @@ class Up:
             backends = await self._until_ready(client)
             self._voice.still()
             self._voice.say(f"forebay is up on {address}", style="bold green")
+            if self._plan.dashboard:
+                self._voice.say(f"its dashboard is at {self._plan.dashboard}", style="bold green")
             self._voice.backends(backends)
             self._refusals()
             code = ExitCode.OK

@@ -14,7 +14,7 @@ import itertools
 import logging
 import time
 import uuid
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
 from typing import Any, TypeVar, cast
 
@@ -301,13 +301,7 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
             return await self._engine.list_models(request)
 
     def _call(self, request: RequestT, context: Context, span: trace.Span) -> Call[RequestT]:
-        found = validation.violations(request, model_required=self._model_required)
-        if found:
-            raise InvalidRequest(
-                "; ".join(f"{path}: {text}" for path, text in found[:3])
-                + (f"; and {len(found) - 3} more" if len(found) > 3 else ""),
-                violations=found,
-            )
+        _refuse(validation.violations(request, model_required=self._model_required))
         call = new_call(request, context)
         span.set_attribute("forebay.request.id", call.request_id)
         return call
@@ -343,6 +337,7 @@ class ModelServicer(models_pb2_grpc.ModelServiceServicer):
 
         async with self._edge.serve(context, f"{MODEL_SERVICE}/LoadModel"):
             _require_model(request.model)
+            _refuse(validation.load_violations(request))
             await self._models.load_model(request, send)
 
     async def PullModel(  # type: ignore[override]  # stubs know only generators
@@ -438,6 +433,15 @@ def _left(context: Context) -> Failure | None:
 def _is_late(context: Context) -> bool:
     remaining = cast("float | None", context.time_remaining())  # None without a deadline, whatever stubs say
     return remaining is not None and remaining <= 0
+
+
+def _refuse(found: Sequence[validation.Violation]) -> None:
+    if found:
+        raise InvalidRequest(
+            "; ".join(f"{path}: {text}" for path, text in found[:3])
+            + (f"; and {len(found) - 3} more" if len(found) > 3 else ""),
+            violations=found,
+        )
 
 
 def _require_model(model: str) -> None:

@@ -22,7 +22,6 @@ from typing import cast
 from opentelemetry import context as otel_context
 from opentelemetry import trace
 from opentelemetry.context import Context
-from opentelemetry.exporter.otlp.proto.grpc.metric_exporter import OTLPMetricExporter
 from opentelemetry.exporter.otlp.proto.grpc.trace_exporter import OTLPSpanExporter
 from opentelemetry.exporter.prometheus import PrometheusMetricReader
 from opentelemetry.sdk.metrics import MeterProvider
@@ -35,6 +34,7 @@ from pydantic import Field
 
 from forebay.kit.config import Duration, Settings
 from forebay.kit.metrics import Metrics, Page
+from forebay.kit.push import Pusher
 
 EXIT_SECONDS = 4.0
 """Most time spent on the last spans. The SDK alone would wait 30 s for a collector that is gone; an exit
@@ -168,14 +168,14 @@ def setup(
         page = Page(registry, metrics_address, metrics_hosts)
         readers.append(PrometheusMetricReader(scope_info_enabled=False, registry=registry))
     if pushed:
-        exporter = OTLPMetricExporter(endpoint=pushed, insecure=_is_plain(pushed), timeout=timeout)
         interval = settings.metrics_interval.total_seconds() * 1000
-        readers.append(PeriodicExportingMetricReader(exporter, interval, timeout * 1000))
+        pusher = Pusher(pushed, timeout=timeout)
+        readers.append(PeriodicExportingMetricReader(pusher, interval, timeout * 1000))
     meters = MeterProvider(readers, resource=resource, shutdown_on_exit=False) if readers else None
     provider = None
     if traces:
         provider = TracerProvider(resource=resource, shutdown_on_exit=False)
-        spans = OTLPSpanExporter(endpoint=traces, insecure=_is_plain(traces), timeout=timeout)
+        spans = OTLPSpanExporter(endpoint=traces, insecure=not traces.startswith("https://"), timeout=timeout)
         provider.add_span_processor(BatchSpanProcessor(spans))
     tracers = provider or trace.NoOpTracerProvider()
     return Telemetry(
@@ -198,7 +198,3 @@ def _endpoint(settings: TelemetrySettings, signal: str) -> str:
         or os.environ.get("OTEL_EXPORTER_OTLP_ENDPOINT")
         or ""
     )
-
-
-def _is_plain(endpoint: str) -> bool:
-    return not endpoint.startswith("https://")

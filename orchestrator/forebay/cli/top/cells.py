@@ -168,7 +168,8 @@ def headline(picture: Picture, address: str, *, is_paused: bool) -> Text:
     line.append(" forebay ", style="reverse bold")
     line.append(f" {render.safe(address)}  ")
     if picture.losses:
-        line.append(f"◌ {render.safe('; '.join(picture.losses.values()))}, trying again", style="bold red")
+        losses = "; ".join(dict.fromkeys(picture.losses.values()))  # both streams break for one reason mostly
+        line.append(f"◌ {render.safe(losses)}, trying again", style="bold red")
     elif is_paused:
         line.append("‖ paused", style="yellow")
     else:
@@ -199,7 +200,8 @@ def summary(picture: Picture) -> Text:
         ("cache hits", totals.cache_hit_count, ""),
         ("joined", totals.coalesced_request_count, ""),
     ):
-        lines.append(f"   {name} ", style="dim").append(str(count), style=style if count else "")
+        if count or style == "red":  # what never happened leaves its room to what did, on 80 columns
+            lines.append(f"   {name} ", style="dim").append(str(count), style=style if count else "")
     rate = picture.rates[-1] if picture.rates else 0.0
     lines.append("\n tokens/s ", style="dim").append(f"{rate:<6.0f}", style="bold")
     lines.append(spark(picture.rates), style="green")

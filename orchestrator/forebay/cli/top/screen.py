@@ -74,6 +74,7 @@ class Top(App[None]):
 
     TITLE = "forebay top"
     CSS = """
+    #headline, #summary, #decision { text-wrap: nowrap; text-overflow: ellipsis; }
     #headline { height: 1; background: $boost; }
     #summary { height: 3; margin: 0 0 1 0; }
     #backends { height: auto; max-height: 40%; min-height: 3; margin: 0 0 1 0; }

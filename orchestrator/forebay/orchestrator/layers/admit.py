@@ -88,7 +88,6 @@ class Admit:
         if isinstance(request, pb.CountTokensRequest):
             await self._inner(call, send)
             return
-        since = asyncio.get_running_loop().time()
         moved = asyncio.Event()
         try:
             ticket = self._admission.arrive(
@@ -104,10 +103,13 @@ class Admit:
             self._tell(call, 0.0, failure)
             raise
         meter = _Meter(send)
+        waited = 0.0
         try:
             if ticket.turn is not Turn.RUNNING:
+                clock = asyncio.get_running_loop().time
+                since = clock()
                 await self._wait(ticket, call, send, moved)
-            waited = asyncio.get_running_loop().time() - since
+                waited = clock() - since
             if ticket.turn is Turn.DROPPED:
                 dropped = self._admission.full(ticket.pool)
                 self._tell(call, waited, dropped)

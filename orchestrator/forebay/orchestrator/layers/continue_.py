@@ -184,6 +184,8 @@ class _Reply:
     def __init__(self, request: pb.GenerateRequest, send: Send) -> None:
         self.request = request
         self.send = send
+        self.span = trace.get_current_span()
+        """The request's: what comes later comes inside the span of an attempt."""
         self.has_begun = False
         self.has_tool_call = False
         self.weights = ""
@@ -430,7 +432,7 @@ class _Part:
         )
         if started.HasField("weights"):
             continued.weights.CopyFrom(started.weights)
-        trace.get_current_span().add_event(
+        self._reply.span.add_event(
             "forebay.continued",
             {
                 "forebay.backend": continued.backend,

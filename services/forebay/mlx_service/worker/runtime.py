@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import os
 import resource
-from importlib import metadata
+from importlib import import_module, metadata
 
 from forebay.mlx_service import blas
+from forebay.mlx_service.quick_import import FOLDER_VARIABLE, remembering
 
 # Models are folders on this disk. A name that looks like a repository must fail, not be downloaded.
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -23,6 +24,9 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 BLAS = blas.load()
 """What does matrix products in place of mlx's own library; None is mlx's own."""
+
+with remembering(os.environ.get(FOLDER_VARIABLE)):
+    import_module("transformers")  # mlx-lm will, and by then it is too late to make that quick
 
 
 def _keep_limit(kind: int, limits: tuple[int, int]) -> None:

@@ -146,7 +146,13 @@ class _Likely:
             )
         if self.min_p > 0.0:
             ranked = mx.where(kept | (ranked >= ranked[..., :1] + math.log(self.min_p)), ranked, -mx.inf)
-        rank = mx.random.categorical(ranked * self.scale, key=key)
+        if key is None:
+            rank = mx.random.categorical(ranked * self.scale)
+        else:
+            # Luck belongs to tokens and not to ranks: of two that are equally likely either may come first,
+            # as rounding has it in a batch of this shape, and a seed must give the same token in any.
+            luck = mx.random.gumbel(logprobs.shape, key=key)
+            rank = mx.argmax(ranked * self.scale + mx.take_along_axis(luck, order, axis=-1), axis=-1)
         return mx.take_along_axis(order, rank[..., None], axis=-1).squeeze(-1)
 
 
