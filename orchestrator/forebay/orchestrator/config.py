@@ -154,7 +154,8 @@ class RetrySettings(Settings):
     continue_wait: Duration = Field(
         default=timedelta(seconds=5),
         description="How long a reply that broke off waits for a backend that can go on with it, where the "
-        "caller allowed that. A backend that restarts is back sooner.",
+        "caller allowed that, and before for a retry where many broke off at once. A backend that restarts "
+        "is back sooner.",
     )
     backoff_max: Duration = Field(
         default=timedelta(seconds=5),
