@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 import time
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -422,6 +423,28 @@ async def test_an_idle_engine_does_not_run(tiny: Rig) -> None:
     assert tiny.engine.stats().steps == steps
     assert tiny.engine.stats().last_step_age == 0
     assert time.thread_time() - used < 0.2
+
+
+async def test_an_engine_that_is_stuck_before_a_row_is_in_the_batch_tells_its_age(tiny: Rig) -> None:
+    held, reached = threading.Event(), threading.Event()
+
+    def stick() -> None:
+        reached.set()
+        held.wait(30)
+
+    assert (await tiny.generate(ask(most=2))).finished
+    stuck = asyncio.create_task(tiny.engine.run(stick))
+    try:
+        await until(reached.is_set)
+        assert tiny.engine.stats().last_step_age == 0.0  # nobody waits for it
+        reply = asyncio.create_task(tiny.generate(ask(most=2)))
+        await until(lambda: tiny.engine.stats().last_step_age > 0.3)
+        assert tiny.engine.stats().live == 0
+    finally:
+        held.set()
+        await stuck
+    assert (await reply).finished
+    await until(lambda: tiny.engine.stats().last_step_age == 0.0)
 
 
 async def test_the_model_is_listed_with_what_it_can_do(tiny: Rig) -> None:
