@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import resource
+import sys
 from importlib import metadata
 
 from forebay.mlx_service import blas
@@ -33,7 +34,6 @@ _setrlimit = resource.setrlimit
 resource.setrlimit = _keep_limit
 try:
     import mlx.core as mx
-    import mlx_lm.generate
     from mlx import nn
     from mlx.utils import tree_flatten
     from mlx_lm.generate import BatchGenerator, StopSequences, generation_stream
@@ -54,7 +54,9 @@ finally:
 
 # `BatchGenerator` wires the model's memory when it is made. Wired memory and more than one request
 # together have panicked macOS kernels; unwired memory has not, and costs nothing measurable.
-mlx_lm.generate.maybe_set_recommended_wired_limit = lambda: None
+# The module cannot be had as `mlx_lm.generate`: its package gives that name to a function.
+_generate = sys.modules[BatchGenerator.__module__]
+_generate.maybe_set_recommended_wired_limit = lambda: None  # type: ignore[attr-defined]  # of the module
 
 # Caches grow by this many tokens. Growing by mlx-lm's 256 would make a row of a dozen tokens hold twenty
 # times what it needs; growing by 64 copies a cache once in 64 steps, each of which reads all of it anyway.
