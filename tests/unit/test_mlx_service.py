@@ -94,6 +94,15 @@ async def test_a_seed_gives_the_same_reply_whoever_shares_the_batch(tiny: Rig) -
     assert other.result().token_ids != alone
 
 
+async def test_two_workers_do_not_make_up_the_same_reply(random_model: Path) -> None:
+    request = ask("a poem", most=40, sampling=pb.Sampling(temperature=1.5), include_token_ids=True)
+    replies = []
+    for _ in range(2):
+        async with rig(random_model) as one:
+            replies.append((await one.generate(request)).token_ids)
+    assert replies[0] != replies[1]  # every thread of mlx begins with the same random numbers
+
+
 async def test_a_reply_continued_from_its_tokens_ends_as_the_uninterrupted_one(tiny: Rig) -> None:
     for sampling in (pb.Sampling(temperature=0), pb.Sampling(temperature=1.0, seed=3)):
         whole = await tiny.generate(ask(most=20, include_token_ids=True, sampling=sampling))
