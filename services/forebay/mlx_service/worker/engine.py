@@ -205,7 +205,7 @@ class EngineStats:
     steps: int
     """Steps so far."""
     last_step_age: float
-    """Seconds since the last step ended, while rows are live; else 0."""
+    """Seconds since the thread last showed that it moves, while rows wait or are live; else 0."""
     memory_bytes: int
     """Memory that mlx holds in use: weights, caches and temporaries."""
     faults: int
@@ -446,6 +446,8 @@ class Engine:
             ticket, len(row.tokens) + row.most, in_use=self._memory_bytes - kept, retry_after=wait
         )
         self._prefix_room = self._ledger.room_for_prefixes
+        if not self._outstanding:
+            self._stepped_at = time.monotonic()  # it was idle, and from now on it has to move
         self._outstanding += 1
         self._commands.put(partial(self._add, ticket))
         return ticket
@@ -453,7 +455,7 @@ class Engine:
     def stats(self) -> EngineStats:
         """Returns what the engine is doing."""
         live = len(self._live)
-        age = time.monotonic() - self._stepped_at if live else 0.0
+        age = time.monotonic() - self._stepped_at if live or self._outstanding else 0.0
         return EngineStats(
             live=live,
             waiting=len(self._queue) + len(self._again) + len(self._restored),
@@ -762,6 +764,7 @@ class Engine:
             except queue.Empty:
                 mx.clear_cache()
                 self._measure()
+                self._stepped_at = time.monotonic()
                 if restoring:
                     return
                 command = self._commands.get()
