@@ -4,7 +4,8 @@ What it does is told by `behaviour.json` in the model's folder: `exit` and `say`
 end it at once; `exit_after` ends it once it has served for so many seconds;
 `script` is how its model behaves; `ready_delay` is how long loading takes;
 `stubborn` makes it deaf to SIGTERM; `raw` keeps gaps in its events' numbers;
-`needs` refuses replies until its memory limit is that many bytes.
+`needs` refuses replies until its memory limit is that many bytes, and
+`adapter_needs` refuses its adapters until then.
 A line is added to `starts` in that folder at each start, and to `journal` at
 each change of a call.
 """
@@ -26,6 +27,7 @@ from forebay.kit.failure import MemoryExhausted
 from forebay.kit.server import serving
 from forebay.mlx.v1 import worker_pb2, worker_pb2_grpc
 from forebay.mlx_service.ledger import WANTED
+from forebay.models.v1 import models_pb2
 from forebay.testing.script import Script, ScriptedModel
 from forebay.testing.scripted import ScriptedEngine, raw
 
@@ -35,6 +37,10 @@ class Control(worker_pb2_grpc.WorkerServiceServicer):
 
     def __init__(self, limit: int) -> None:
         self.limit = limit
+
+    def require(self, needs: int) -> None:
+        if self.limit < needs:
+            raise MemoryExhausted("too little memory", metadata={WANTED: str(needs)})
 
     async def Adjust(self, request, context):
         if request.HasField("limit_bytes"):
@@ -55,9 +61,19 @@ class Tight:
         self.list_models = engine.list_models
 
     async def generate(self, call, send):
-        if self._control.limit < self._needs:
-            raise MemoryExhausted("too little memory", metadata={WANTED: str(self._needs)})
+        self._control.require(self._needs)
         await self._engine.generate(call, send)
+
+
+class Adapters:
+    """Loads any adapter once there is enough memory for it."""
+
+    def __init__(self, control: Control, needs: int) -> None:
+        self._control, self._needs = control, needs
+
+    async def load_model(self, request, send):
+        self._control.require(self._needs)
+        await send(models_pb2.LoadModelResponse(loaded=models_pb2.ModelLoaded()))
 
 
 async def serve(arguments: argparse.Namespace, behaviour: dict) -> None:
@@ -82,6 +98,7 @@ async def serve(arguments: argparse.Namespace, behaviour: dict) -> None:
             serving(
                 settings,
                 inference=None if behaviour.get("raw") else served,
+                models=Adapters(control, behaviour.get("adapter_needs", 0)) if arguments.adapter else None,
                 more=[raw(engine)] if behaviour.get("raw") else [control.register],
             ) as up,
         ):

@@ -1,7 +1,7 @@
 """Does one thing again and again, and prints what that took.
 
 `python mlx_leak_probe.py workers 1000 FOLDER` has a supervisor load and unload
-the model in FOLDER, each time in a worker process. `engines` loads and drops it
+the model in FOLDER, four at a time, each time in a worker process. `engines` loads and drops it
 in this process: there mlx leaves a thread of its own for each that ever used it,
 so only what mlx holds and open files are to be looked at. `requests` serves
 requests of all kinds, some of them cancelled in the middle.
@@ -35,6 +35,8 @@ from forebay.mlx_service.worker.sampling import SamplingParams
 from forebay.testing.calls import ask
 
 ROWS = 4
+MODELS = 4
+"""Models that are loaded side by side. The count is a multiple of it."""
 VOCABULARY = 256
 SEED = 20
 
@@ -113,18 +115,24 @@ async def workers(count: int, folder: Path) -> None:
     async def waiting(residence: object) -> None:
         pass
 
-    async with Supervisor(MlxSettings(stop_grace="10s"), launch=launch) as supervisor:
-        for i in range(count):
-            async with supervisor.lease("m", prepare, waiting) as worker:
-                request = ask(model="m", token_count=2)
-                events = [event async for event in worker.stub.Generate(request)]
-                assert events[-1].HasField("finished")
-            await supervisor.unload("m", force=False)
-            if (i + 1) % max(1, count // 10) == 0:
+    async def once(supervisor: Supervisor, model: str) -> None:
+        async with supervisor.lease(model, prepare, waiting) as worker:
+            request = ask(model=model, token_count=2)
+            events = [event async for event in worker.stub.Generate(request)]
+            assert events[-1].HasField("finished")
+        await supervisor.unload(model, force=False)
+
+    settings = MlxSettings(stop_grace="10s", max_loaded_models=MODELS)
+    async with Supervisor(settings, launch=launch) as supervisor:
+        for done in range(MODELS, count + 1, MODELS):
+            async with asyncio.TaskGroup() as tasks:
+                for number in range(MODELS):
+                    tasks.create_task(once(supervisor, f"m{number}"))
+            if done // max(1, count // 10) > (done - MODELS) // max(1, count // 10):
                 memory = supervisor.memory()
                 assert not memory.used_bytes
                 assert not memory.reserved_bytes
-                tell(i + 1, codes=sorted(set(codes)), ended=len(codes))
+                tell(done, codes=sorted(set(codes)), ended=len(codes))
     launcher.close()
 
 

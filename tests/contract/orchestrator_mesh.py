@@ -136,10 +136,12 @@ class Mesh:
         return [event async for event in self.client.Generate(request, timeout=WAIT_SECONDS)]
 
 
-async def until(holds: Callable[[], bool], show: Callable[[], str] = lambda: "") -> None:
+async def until(
+    holds: Callable[[], bool], show: Callable[[], str] = lambda: "", *, seconds: float = WAIT_SECONDS
+) -> None:
     """Waits until something holds, with a bound."""
     loop = asyncio.get_running_loop()
-    end = loop.time() + WAIT_SECONDS
+    end = loop.time() + seconds
     while not holds():
         assert loop.time() < end, f"did not come true: {show()}"
         await asyncio.sleep(0.005)

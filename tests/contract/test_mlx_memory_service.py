@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import json
 import os
 import random
@@ -12,6 +13,7 @@ import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
+from statistics import median
 
 import grpc
 import grpc.aio
@@ -96,8 +98,6 @@ async def service(tmp_path: Path, models: str = "a", **settings: object) -> Asyn
         "huggingface_cache": "false",
         "fetch_default_model": "false",
         "preload": "[]",
-        "restart_backoff_min": "0s",
-        "health_timeout": "1s",
         **settings,
     }
     environment = {f"FOREBAY_MLX__{key.upper()}": str(value) for key, value in values.items()}
@@ -222,7 +222,7 @@ async def test_requests_leave_nothing_behind(tmp_path: Path) -> None:
     assert growth(told, "files") == 0
 
 
-@pytest.mark.soak
+@pytest.mark.soak(minutes=8)
 @pytest.mark.timeout(3600)
 async def test_ten_thousand_requests_leave_nothing_behind(tmp_path: Path) -> None:
     told = await probe("requests", 10_000, tiny_models.build_random(tmp_path / "m"))
@@ -232,7 +232,7 @@ async def test_ten_thousand_requests_leave_nothing_behind(tmp_path: Path) -> Non
     assert growth(told, "files") == 0
 
 
-@pytest.mark.soak
+@pytest.mark.soak(minutes=3)
 @pytest.mark.timeout(3600)
 async def test_a_thousand_models_dropped_in_one_process_leave_no_array_behind(tmp_path: Path) -> None:
     told = await probe("engines", 1000, tiny_models.build_random(tmp_path / "m"))
@@ -241,7 +241,7 @@ async def test_a_thousand_models_dropped_in_one_process_leave_no_array_behind(tm
     assert growth(told, "files") == 0
 
 
-@pytest.mark.soak
+@pytest.mark.soak(minutes=90)
 @pytest.mark.timeout(4 * 3600)
 async def test_a_thousand_loads_and_unloads_leave_nothing_and_every_stop_is_clean(tmp_path: Path) -> None:
     """Counts exit codes, orphans, open files and memory of the process that supervises."""
@@ -254,6 +254,9 @@ async def test_a_thousand_loads_and_unloads_leave_nothing_and_every_stop_is_clea
 
 
 HARMS = ("kill", "freeze", "abort in exit")
+
+BAD_STOP = "did not stop in peace"
+"""What the service says of a worker that was asked to end and did so with another exit code than 0."""
 
 
 async def harmed(made: Service, how: str) -> tuple[float, float]:
@@ -292,21 +295,29 @@ async def test_after_any_harm_to_a_worker_the_next_call_is_served_and_the_ledger
         assert memory.used_bytes == memory.reserved_bytes == 0
 
 
-@pytest.mark.soak
-@pytest.mark.timeout(1800)
-async def test_any_harm_to_a_worker_is_over_3_s_after_the_load_that_mends_it_could_begin(
+@pytest.mark.soak(minutes=10)
+@pytest.mark.timeout(2 * 3600)
+async def test_a_hundred_harms_to_a_worker_are_each_over_3_s_after_the_load_that_mends_it_could_begin(
     tmp_path: Path,
 ) -> None:
-    """A worker starts in 2 s, so that is 5 s in all; on a busy machine the start takes what it takes."""
-    async with service(tmp_path, memory_ceiling="1GiB", quarantine_crashes=1000) as made:
-        took: dict[str, list[tuple[float, float]]] = {how: [] for how in HARMS}
-        for how in HARMS * 10:
+    """A worker starts in 1 s, so that is 5 s in all; on a busy machine the start takes what it takes.
+
+    Between two harms a worker is stopped in peace, and each of them ends with exit code 0.
+    """
+    count = int(os.environ.get("FOREBAY_HARMS", "100"))
+    took: dict[str, list[tuple[float, float]]] = {how: [] for how in HARMS}
+    # Harms come seconds apart here, so no two of them are one trouble of the model.
+    async with service(tmp_path, memory_ceiling="1GiB", quarantine_window="500ms") as made:
+        for how, _ in zip(itertools.cycle(HARMS), range(count), strict=False):
             took[how].append(await harmed(made, how))
-        for how, figures in took.items():
-            beside = [seconds - load for seconds, load in figures]
-            print(
-                how,
-                f"{min(beside):.2f} to {max(beside):.2f} s beside loads of",
-                *(f"{x[1]:.1f}" for x in figures),
-            )
-            assert max(beside) <= 3.0
+            bad = made.process.log.count(BAD_STOP)
+            await made.unload("a")
+            assert made.process.log.count(BAD_STOP) == bad
+            print(how, *(f"{seconds:.2f}" for seconds in took[how][-1]), flush=True)
+    assert made.process.returncode == 0
+    for how, figures in took.items():
+        whole, loads = zip(*figures, strict=True)
+        beside = [seconds - load for seconds, load in figures]
+        for name, times in (("in all", whole), ("the load", loads), ("beside it", beside)):
+            print(how, len(times), name, f"{min(times):.2f}, {median(times):.2f}, {max(times):.2f} s")
+        assert max(beside) <= 3.0

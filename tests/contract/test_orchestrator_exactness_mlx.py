@@ -73,7 +73,8 @@ async def test_a_greedy_reply_goes_on_over_equal_weights_to_the_same_text(tmp_pa
                 models = [endpoint.find("tiny") for endpoint in fleet if endpoint.is_listed]
                 return len(models) == 2 and all(m and m.state == pb.Model.STATE_ACTIVE for m in models)
 
-            await until(can_serve, lambda: repr(fleet))
+            # Two workers import MLX and load a model, which takes a busy machine half a minute.
+            await until(can_serve, lambda: repr(fleet), seconds=60.0)
 
             async def read(asked: pb.GenerateRequest, on_delta: Callable[[], None]) -> list[Event]:
                 events: list[Event] = []

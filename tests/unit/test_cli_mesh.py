@@ -77,7 +77,11 @@ def test_status_prints_a_line_a_backend_without_colours(
     assert main(["status"]) == 0
     assert capsys.readouterr().out.splitlines() == [
         "mlx  active  127.0.0.1:50151  calls 0  smol, +1 on disk",
-        "ollama  ejected  127.0.0.1:50151  calls 0  queue 2  1 on disk  it failed five times[2J",
+        (
+            "ollama  ejected  127.0.0.1:50151  calls 0  queue 2  1 on disk  it failed five times[2J"
+            "  breaker of the whole backend is open (BACKEND_ERROR, 12.00 s left)"
+            "  breaker of model llama is half open (STREAM_STALLED)"
+        ),
         "bare  active  127.0.0.1:50151  calls 0  -",
     ]
 

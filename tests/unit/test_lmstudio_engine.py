@@ -456,11 +456,13 @@ async def test_an_unload_of_a_model_whose_load_fails_succeeds() -> None:
 
 
 async def test_a_model_that_nobody_uses_is_unloaded_after_its_time() -> None:
+    async with rig(settings={"ttl": 60}) as r:
+        await r.text(ask())
+        assert (await r.model("tiny")).HasField("expire_time")
     async with rig(settings={"ttl": 0.05}) as r:
         await r.fake.load("other")
         await r.text(ask())
         await r.text(ask(model="other"))
-        assert (await r.model("tiny")).HasField("expire_time")
         await until(lambda: [one.id for one in r.fake.studio.loaded()] == ["other"])
 
 

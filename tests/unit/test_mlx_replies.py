@@ -12,6 +12,7 @@ import pytest
 import tiny_models
 from forebay.inference.v1 import inference_pb2 as pb
 from forebay.kit.failure import CapabilityUnsupported, Failure, InvalidRequest
+from forebay.kit.pipeline import Call
 from mlx_worker_rig import Reply, ask, rig
 
 pytestmark = pytest.mark.mlx
@@ -278,10 +279,71 @@ async def test_a_malformed_format_is_refused_before_anything_is_sent(
     async with rig(tmp_path) as running:
         reply = Reply()
         with pytest.raises(InvalidRequest) as caught:
-            await running.generate(ask(output_format=wanted))
+            await running.service.generate(Call(request=ask(output_format=wanted)), reply.send)
         assert caught.value.violations[0][0] == f"output_format.{wanted.WhichOneof('constraint')}"
         assert not reply.events
         assert running.engine.stats().live == 0
+
+
+@pytest.mark.parametrize(
+    "wanted",
+    [
+        pb.OutputFormat(regex=r"[^\s\S]"),
+        pb.OutputFormat(json_schema='{"$ref": "#"}'),
+        pb.OutputFormat(json_schema='{"type": "integer", "minimum": 5, "maximum": 2}'),
+    ],
+    ids=["regex", "loop", "bounds"],
+)
+async def test_a_format_that_nothing_has_is_the_callers_fault_and_told_at_once(
+    tmp_path: Path, wanted: pb.OutputFormat
+) -> None:
+    tiny_models.build_random(tmp_path)
+    async with rig(tmp_path) as running:
+        reply = Reply()
+        with pytest.raises(InvalidRequest) as caught:
+            await running.service.generate(Call(request=ask(output_format=wanted)), reply.send)
+        assert caught.value.violations[0][0] == f"output_format.{wanted.WhichOneof('constraint')}"
+        assert not reply.events
+        assert (await running.generate(ask(most=3))).finished.usage.output_token_count == 3
+
+
+async def test_a_format_that_takes_seconds_a_step_is_refused_and_holds_nobody_up(
+    tmp_path: Path,
+) -> None:
+    tiny_models.build_random(tmp_path)
+    request = ask(output_format=pb.OutputFormat(regex="(a{1000}){1000}{1000}"), most=4)
+    async with rig(tmp_path) as running:
+        reply = Reply()
+        with pytest.raises(CapabilityUnsupported) as caught:
+            await running.service.generate(Call(request=request), reply.send)
+        assert caught.value.metadata["field"] == "output_format.regex"
+        assert not reply.events
+        assert running.engine.stats().steps == 0
+        request.accepted_degradations.append(pb.DEGRADATION_KIND_FORMAT_NOT_ENFORCED)
+        free = await running.generate(request)
+    assert [each.field for each in free.started.degradations] == ["output_format.regex"]
+
+
+async def test_a_large_schema_is_not_too_complex(tmp_path: Path) -> None:
+    tiny_models.build_random(tmp_path)
+    part = {"type": "string", "maxLength": 2000, "pattern": "^[a-z][a-z0-9-]{1,60}$"}
+    part = {"type": "object", "properties": {f"q{i}": part for i in range(12)}}
+    schema = {"type": "object", "properties": {f"p{i}": {"type": "array", "items": part} for i in range(40)}}
+    async with rig(tmp_path) as running:
+        wanted = pb.OutputFormat(json_schema=json.dumps(schema))
+        reply = await running.generate(ask(output_format=wanted, most=24))
+    assert reply.text.startswith("{")
+
+
+async def test_a_reply_that_already_left_its_format_is_the_callers_fault(tmp_path: Path) -> None:
+    tiny_models.build_random(tmp_path)
+    request = ask(output_format=pb.OutputFormat(regex="(yes|no)"), most=4)
+    request.continue_from.text = "zz"
+    async with rig(tmp_path) as running:
+        with pytest.raises(InvalidRequest) as caught:
+            await running.generate(request)
+        assert caught.value.violations[0][0] == "continue_from"
+        assert (await running.generate(ask(most=3))).finished.usage.output_token_count == 3
 
 
 async def test_part_of_a_schema_that_cannot_be_enforced_is_no_secret(tmp_path: Path) -> None:

@@ -36,16 +36,20 @@ class FakeWorker:
     def __init__(self, spec, on_exit, *, load=1.0, dies=None, code=-6, said=(), pid=1):
         self.spec, self.on_exit, self.pid = spec, on_exit, pid
         self.exit_code = None
-        self.silent = False
+        self.silent = self.stopped = False
         self.said = said
         self.ready_at = now() + load
         self.graces: list[float] = []
         self.stop_takes = 0.0
+        self.stop_code = 0
         if dies is not None:
             asyncio.get_running_loop().call_later(dies, self.die, code)
 
     def tail(self):
         return tuple(self.said)
+
+    def is_stopped(self):
+        return self.stopped and self.exit_code is None
 
     def die(self, code=-9):
         if self.exit_code is None:
@@ -53,10 +57,10 @@ class FakeWorker:
             self.on_exit()
 
     async def is_well(self, timeout):
-        if self.silent:
-            await asyncio.sleep(timeout)
-            return False
-        return self.exit_code is None and now() >= self.ready_at
+        late = now() + timeout
+        while self.silent and now() < late:
+            await asyncio.sleep(min(0.05, timeout))
+        return not self.silent and self.exit_code is None and now() >= self.ready_at
 
     async def describe(self):
         return pb.Model(id=self.spec.model_id)
@@ -68,7 +72,7 @@ class FakeWorker:
         self.graces.append(grace)
         await asyncio.sleep(self.stop_takes)
         if self.exit_code is None:
-            self.exit_code = -15
+            self.exit_code = self.stop_code
 
 
 class Launcher:
@@ -123,6 +127,17 @@ async def test_a_model_is_loaded_when_it_is_asked_for_and_stays():
         assert s.residence("m").load_seconds == pytest.approx(1.0, abs=0.1)
         assert "m ACTIVE calls 0" in repr(s)
     assert len(launch.workers) == 1
+
+
+@virtual
+async def test_a_worker_that_aborts_when_it_is_asked_to_end_is_told_of(caplog):
+    launch = Launcher()
+    async with supervisor(launch) as s:
+        for code in (0, -6):
+            (await use(s)).stop_code = code
+            await s.unload("m", force=False)
+            assert ("did not stop in peace" in caplog.text) is (code != 0)
+    assert "it was ended by SIGABRT" in caplog.text
 
 
 @virtual
@@ -209,7 +224,7 @@ async def test_a_crashed_worker_is_started_again_and_the_next_call_waits_for_it(
         began = now()
         second = await use(s)
         assert second is not first
-        assert now() - began == pytest.approx(2.0, abs=0.2)  # backoff and load
+        assert now() - began == pytest.approx(1.0, abs=0.1)  # the load: a first restart does not wait
 
 
 @virtual
@@ -220,7 +235,7 @@ async def test_restarts_back_off_and_end_in_quarantine():
     ) as s:
         with pytest.raises(ModelQuarantined) as caught:
             await use(s)
-        assert [round(t) for t in launch.started_at] == [0, 1, 3, 7]
+        assert [round(t) for t in launch.started_at] == [0, 0, 1, 3]
         residence = s.residence("m")
         assert residence.state is State.QUARANTINED
         assert "lost 4 times" in caught.value.message
@@ -243,7 +258,7 @@ async def test_the_longest_wait_between_restarts_is_bounded():
     ) as s:
         with pytest.raises(ModelQuarantined):
             await use(s)
-    assert [round(t) for t in launch.started_at] == [0, 1, 3, 5, 7]
+    assert [round(t) for t in launch.started_at] == [0, 0, 1, 3, 5]
 
 
 @virtual
@@ -359,6 +374,45 @@ async def test_a_silent_worker_is_replaced_and_calls_wait_meanwhile():
         assert second is not first
         assert now() - began < 9.0
         assert first.graces[0] == 0.0  # a process that does not answer is not asked to leave
+
+
+@virtual
+async def test_a_frozen_worker_is_replaced_long_before_a_slow_one_would_be():
+    launch = Launcher()
+    async with supervisor(launch, health_interval="1s", health_timeout="1h") as s:
+        first = await use(s)
+        first.silent = first.stopped = True
+        began = now()
+        await asyncio.sleep(1.2)
+        second = await use(s)  # it waits from the first look at the frozen one
+        assert second is not first
+        assert now() - began <= 1.0 + 0.6 + 1.0 + 0.1  # the interval, the looks, and the load
+        assert first.graces[0] == 0.0
+
+
+@virtual
+async def test_a_worker_that_is_stopped_again_and_again_for_a_moment_is_kept():
+    launch = Launcher()
+    async with supervisor(launch, health_interval="1s", health_timeout="10s") as s:
+        first = await use(s)
+        first.silent = True
+        for _ in range(10):
+            first.stopped = not first.stopped
+            await asyncio.sleep(0.4)
+        first.silent = False
+        assert await use(s) is first
+    assert len(launch.workers) == 1
+
+
+@virtual
+async def test_a_worker_that_is_frozen_while_it_loads_is_replaced():
+    launch = Launcher({"load": 100.0})
+    async with supervisor(launch, load_timeout="1h") as s:
+        waiting = asyncio.ensure_future(use(s))
+        await asyncio.sleep(10)
+        launch.workers[0].stopped = True
+        assert await waiting is launch.workers[1]
+        assert now() == pytest.approx(10 + 0.6 + 1.0, abs=0.2)
 
 
 @virtual
@@ -497,6 +551,21 @@ async def test_an_unused_model_leaves_after_its_time_and_a_pinned_one_does_not()
         assert s.residence("idle").state is State.AVAILABLE
         assert s.residence("pinned").state is State.ACTIVE
         assert "pinned" in repr(s.residence("pinned"))
+
+
+@virtual
+async def test_models_of_the_pin_list_stay_and_others_leave_for_room():
+    launch = Launcher()
+    lists = {"pinned": ("alias", "b"), "aliases": {"alias": "a"}}
+    async with supervisor(launch, max_loaded_models=3, keep_alive="10s", **lists) as s:
+        for model in "abcd":
+            await use(s, model)
+        assert s.residence("c").state is State.AVAILABLE
+        await asyncio.sleep(12)
+        states = {id_: s.residence(id_).state for id_ in "abd"}
+        assert states == {"a": State.ACTIVE, "b": State.ACTIVE, "d": State.AVAILABLE}
+        await s.unload("a", force=False)
+        assert s.residence("a").state is State.AVAILABLE
 
 
 @virtual

@@ -11,6 +11,7 @@ import pytest
 from forebay.kit.failure import Failure, QueueFull, QueueTimeout
 from forebay.kit.pipeline import Urgency
 from forebay.orchestrator.admission import OLDEST_EVERY, Admission, Ticket, Turn
+from soak import counted
 
 INTERACTIVE, NORMAL, BATCH = Urgency.INTERACTIVE, Urgency.NORMAL, Urgency.BATCH
 
@@ -477,8 +478,8 @@ def test_every_schedule_keeps_the_promises(block: int) -> None:
         Schedule(seed).run(60)
 
 
-@pytest.mark.soak
-@pytest.mark.timeout(600)
+@pytest.mark.soak(minutes=1)
+@pytest.mark.timeout(3 * 3600)
 def test_ten_thousand_schedules_keep_the_promises() -> None:
-    for seed in range(10_000):
+    for seed in counted(10_000, "schedules of the queue"):
         Schedule(seed).run(120)

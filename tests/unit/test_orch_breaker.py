@@ -13,6 +13,7 @@ from forebay.kit.failure import (
     BreakerOpen,
     Failure,
     InvalidRequest,
+    MemoryExhausted,
     ModelLoadFailed,
     ModelNotFound,
     QueueFull,
@@ -76,11 +77,10 @@ def test_a_success_ends_the_run() -> None:
     assert breaker.state is CLOSED
 
 
-@pytest.mark.parametrize("harmless", [WRONG, FULL])
-def test_what_is_not_the_backends_fault_counts_for_nothing(harmless: Failure) -> None:
+def test_what_is_not_the_backends_fault_counts_for_nothing() -> None:
     breaker = make(Clock(), min_samples=1)
     for _ in range(50):
-        call(breaker, harmless)
+        call(breaker, WRONG)
     assert breaker.state is CLOSED
     assert breaker.success_rate == 1.0
 
@@ -94,13 +94,31 @@ def test_a_call_that_was_broken_off_counts_for_nothing() -> None:
     assert breaker.success_rate == 1.0
 
 
-def test_busy_counts_in_the_rate_but_not_in_the_run() -> None:
-    breaker = make(Clock(), min_samples=10, success_rate=0.5)
-    for _ in range(9):
-        call(breaker, BUSY)
-    assert breaker.state is CLOSED
-    call(breaker, BUSY)
+@pytest.mark.parametrize("busy", [BUSY, FULL, MemoryExhausted("x")])
+def test_busy_lowers_the_weight_and_never_ejects(busy: Failure) -> None:
+    breaker = make(Clock(), min_samples=1, success_rate=1.0)
+    call(breaker)
+    for number in range(1, 100):
+        call(breaker, busy)
+        assert breaker.state is CLOSED
+        assert breaker.success_rate == pytest.approx(1 / (1 + number))
+
+
+def test_among_busy_answers_hard_failures_open_it_as_they_do_alone() -> None:
+    breaker = make(Clock(), min_samples=4, success_rate=0.6, consecutive_failures=9)
+    for failure in (None, HARD, None):
+        call(breaker, failure)
+        for _ in range(20):
+            call(breaker, BUSY)
+    assert breaker.state is CLOSED, "three calls say nothing, however often it was busy"
+    call(breaker, HARD)
     assert breaker.state is OPEN
+    run = make(Clock(), success_rate=0)
+    for failure in (HARD, BUSY, HARD, BUSY, BUSY):
+        call(run, failure)
+    assert run.state is CLOSED
+    call(run, HARD)
+    assert run.state is OPEN, "a busy answer in between is no success"
 
 
 def test_every_other_call_failing_opens_it_by_the_rate() -> None:
@@ -113,21 +131,22 @@ def test_every_other_call_failing_opens_it_by_the_rate() -> None:
 def test_the_rate_says_nothing_of_few_calls() -> None:
     breaker = make(Clock(), min_samples=10, success_rate=1.0)
     for _ in range(4):
-        call(breaker, BUSY)
+        call(breaker, HARD)
         call(breaker)
     assert breaker.state is CLOSED
 
 
 def test_the_window_forgets() -> None:
     clock = Clock()
-    breaker = make(clock, min_samples=10, window=30)
-    for _ in range(9):
-        call(breaker, BUSY)
+    breaker = make(clock, min_samples=10, window=30, consecutive_failures=99)
+    for failure in (*[HARD] * 8, BUSY):
+        call(breaker, failure)
     clock.now = 31.0
-    call(breaker, BUSY)
+    for failure in (HARD, None, None, BUSY):
+        call(breaker, failure)
     assert breaker.state is CLOSED
-    assert breaker.success_rate == 0.0
-    assert repr(breaker) == "<Breaker closed run 0 rate 0.00>"
+    assert breaker.success_rate == 0.5
+    assert repr(breaker) == "<Breaker closed run 0 rate 0.50>"
 
 
 def test_an_opening_ends_by_the_clock_in_half_open() -> None:
@@ -210,6 +229,18 @@ def test_a_call_from_before_the_opening_does_not_decide_the_probe() -> None:
     assert breaker.state is HALF_OPEN
 
 
+def test_calls_from_before_the_opening_do_not_prolong_it() -> None:
+    clock = Clock()
+    breaker = make(clock)
+    late = [breaker.admit() for _ in range(20)]
+    for _ in range(3):
+        call(breaker, HARD)
+    for permit in late:
+        assert permit is not None
+        permit.fail(HARD)
+    assert breaker.remaining == timedelta(seconds=1)
+
+
 def test_an_outcome_is_told_once() -> None:
     breaker = make(Clock())
     permit = breaker.admit()
@@ -238,12 +269,15 @@ def test_a_backend_that_came_back_is_tried_at_once() -> None:
     assert closed.state is CLOSED
 
 
-def test_jitter_only_shortens_openings() -> None:
+def test_openings_are_jittered_and_only_ever_shortened_by_it() -> None:
+    openings = set()
     for seed in range(100):
         clock = Clock()
         breaker = Breaker(BreakerSettings(consecutive_failures=1), clock=clock, source=random.Random(seed))
         call(breaker, HARD)
-        assert 0.5 <= breaker.remaining.total_seconds() <= 1.0
+        openings.add(breaker.remaining.total_seconds())
+    assert len(openings) > 90
+    assert 0.5 <= min(openings) < 0.6 < 0.9 < max(openings) <= 1.0
 
 
 def boards(clock: Clock) -> Breakers:
@@ -266,6 +300,59 @@ def test_a_model_that_cannot_be_loaded_ejects_only_itself() -> None:
     with breakers.admit("good"):
         pass
     assert breakers.closed_models() == {"bad"}
+
+
+def served(breakers: Breakers, model: str) -> None:
+    with breakers.admit(model):
+        pass
+
+
+def test_a_model_that_fails_beside_one_that_works_ejects_only_itself() -> None:
+    clock = Clock()
+    breakers = boards(clock)
+    for _ in range(3):
+        fail(breakers, "bad", HARD)
+        served(breakers, "good")
+    assert breakers.whole.state is CLOSED
+    assert breakers.closed_models() == {"bad"}
+    clock.now = 1.0
+    fail(breakers, "bad", HARD)
+    assert breakers.whole.state is CLOSED
+    assert breakers.of("bad")[1].remaining == timedelta(seconds=2), "its probe failed"
+    clock.now = 3.0
+    served(breakers, "bad")
+    assert breakers.not_closed() == []
+
+
+def test_where_every_model_fails_the_backend_is_ejected() -> None:
+    breakers = boards(Clock())
+    served(breakers, "good")  # of the time before
+    fail(breakers, "bad", HARD)
+    fail(breakers, "good", HARD)
+    assert breakers.whole.state is OPEN
+
+
+def test_who_failed_alone_is_judged_anew_once_the_backend_came_back() -> None:
+    breakers = boards(Clock())
+    fail(breakers, "bad", HARD)
+    served(breakers, "good")
+    breakers.heal()
+    for _ in range(2):
+        fail(breakers, "bad", HARD)
+    assert breakers.whole.state is OPEN
+
+
+def test_what_fails_when_a_models_breaker_is_open_already_opens_it_no_longer() -> None:
+    breakers = boards(Clock())
+    late = [breakers.admit("bad") for _ in range(20)]
+    for each in late:
+        each.__enter__()
+    fail(breakers, "bad", HARD)
+    served(breakers, "good")
+    for each in late:
+        assert not each.__exit__(BackendUnavailable, HARD, None)
+    assert breakers.of("bad")[1].remaining == timedelta(seconds=1)
+    assert breakers.whole.state is CLOSED
 
 
 def test_a_model_that_works_again_is_forgotten() -> None:

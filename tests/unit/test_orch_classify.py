@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import random
+from pathlib import Path
+
+import platformdirs
 import pytest
 
 from forebay.inference.v1 import inference_pb2 as pb
 from forebay.orchestrator.routing.classify import USUAL_OUTPUT_TOKENS, Traits, classify
+from forebay.testing.calls import ask
 
 
 def message(*parts: pb.Part, role: pb.Role.ValueType = pb.ROLE_USER) -> pb.Message:
@@ -117,3 +122,37 @@ def test_what_is_due_is_prompt_and_reply() -> None:
     # Few replies reach a high limit.
     high = pb.GenerationLimits(max_output_token_count=100_000)
     assert taken(text("x" * 400), limits=high).due_tokens == 100.0 + USUAL_OUTPUT_TOKENS
+
+
+@pytest.mark.parametrize("folder", ["smollm2-135m-instruct", "all-minilm-l6-v2"])
+def test_no_text_has_fewer_tokens_than_it_is_said_to_have_at_least(folder: str) -> None:
+    tokenizers = pytest.importorskip("tokenizers", reason="comes with MLX")
+    path = platformdirs.user_cache_path("forebay") / "models" / folder / "tokenizer.json"
+    if not path.exists():
+        pytest.skip(f"{folder} was not fetched")
+    tokenizer = tokenizers.Tokenizer.from_file(str(path))
+    tokenizer.no_truncation()
+    chance = random.Random(0)
+    pieces = [
+        "of the",
+        "a",
+        "antidisestablishmentarianism",
+        " ",
+        "  ",
+        "\n",
+        " \n",
+        "\t",
+        "- ",
+        ". . .",
+        "==",
+        "水 ",
+        "9 ",
+    ]
+    for text in (
+        *("".join(chance.choices(pieces, k=4000)) for _ in range(20)),
+        *((piece + " ") * 4000 for piece in pieces),
+        Path(__file__).read_text() * 3,
+    ):
+        least = classify(ask(text)).least_tokens
+        assert least > 0
+        assert len(tokenizer.encode(text, add_special_tokens=False).ids) >= least

@@ -93,6 +93,50 @@ def test_a_mistake_is_told_readably(tmp_path: Path, text: str, said: str) -> Non
     assert said in "\n".join(caught.value.lines)
 
 
+def test_all_mistakes_that_values_make_together_are_told_at_once(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError) as caught:
+        read(
+            tmp_path,
+            """
+            [orchestrator]
+            address = "0.0.0.0:1"
+            metrics_address = "unix:/tmp/x"
+            web_address = "unix:/tmp/x"
+            trace_url = "ftp://x"
+            default_deadline = "2h"
+            aliases = {x = {nosuch = "y"}, z = {neither = "y", nor = "y"}}
+            placement.models = [{model = "m", backend = "nowhere"}]
+            backends = [
+              {name = "a", address = "x:1"}, {name = "a", address = "x:2"},
+              {name = "b", address = "x:3", breaker = {open_min = "9s", open_max = "1s"}},
+            ]
+            """,
+        )
+    (nested,) = caught.value.lines
+    assert "open_max must not be shorter" in nested
+    text = (
+        (tmp_path / "forebay.toml").read_text().replace(', breaker = {open_min = "9s", open_max = "1s"}', "")
+    )
+    with pytest.raises(ConfigError) as caught:
+        read(tmp_path, text)
+    parts = (
+        "address 0.0.0.0",
+        "metrics_",
+        "web_",
+        "trace_url",
+        "called a",
+        "nosuch",
+        "neither",
+        "nor",
+        "nowhere",
+        "default_",
+    )
+    assert len(caught.value.lines) == len(parts)
+    for line, part in zip(caught.value.lines, parts, strict=True):
+        assert line.startswith(f"{tmp_path}/forebay.toml: orchestrator: ")
+        assert part in line
+
+
 def test_every_scorer_has_a_weight_and_every_weight_a_scorer() -> None:
     assert set(ScorerWeights.model_fields) == set(SCORERS)
 

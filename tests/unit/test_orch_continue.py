@@ -426,9 +426,40 @@ async def test_each_splice_takes_a_retry_from_the_budget() -> None:
     assert (await serve(made, request())).text == "one two"
     assert [failure.reason for failure in told] == ["STREAM_INTERRUPTED"]
     parts.parts = [[started(), text("one"), lost()]]
+    poor = layer(parts, budget=0.0)
+    with pytest.raises(StreamInterrupted) as caught:
+        await serve(poor, request())
+    assert caught.value.metadata["continuation"] == "no retry is left"
+    assert 4.0 <= now() <= 5.0, "it waited for one"
+    parts.parts = [[started(), text("one"), lost()]]
+    since = now()
     with pytest.raises(StreamInterrupted):
-        await serve(made, request())
+        await serve(poor, request(), deadline=since + 1.0)
+    assert now() - since <= 1.0, "and never longer than its caller waits"
     assert len(told) == 1
+
+
+@virtual
+async def test_of_fifty_replies_that_are_lost_at_once_all_go_on_as_fast_as_the_budget_lets_them() -> None:
+    starts: list[float] = []
+
+    async def inner(call: Call[Request], send: Send) -> None:
+        if call.resumption is None:
+            await send(started("a"))
+            await send(text("one"))
+            raise lost("a")
+        starts.append(now())
+        await send(started("b"))
+        await send(text(" two"))
+        await send(finished())
+
+    retry = RetrySettings()
+    budget = RetryBudget(ratio=0.0, per_second=10.0, clock=now)
+    made = Continue(inner, settings=retry, budget=budget, source=random.Random(0))
+    sinks = await asyncio.gather(*(serve(made, request()) for _ in range(50)))
+    assert {sink.text for sink in sinks} == {"one two"}
+    for second in range(6):
+        assert sum(at < second for at in starts) <= 10 * (second + 1)
 
 
 @virtual

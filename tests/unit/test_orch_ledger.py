@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-import os
 import random
 from collections import Counter
+from collections.abc import Iterable
 
 import pytest
 
 from forebay.kit.failure import BackendUnavailable, Failure, MemoryExhausted, ModelLoadFailed
 from forebay.orchestrator.placement.ledger import Key, Ledger, Listed, Stage, Waiter
+from soak import counted
 
-SEEDS = 10_000 if os.environ.get("FOREBAY_SOAK") else 400
-"""Schedules of 120 steps each."""
+SEEDS = 400
+"""Schedules of 120 steps each. `make soak` plays ten thousand."""
 
 
 class Desk:
@@ -476,10 +477,10 @@ def play(seed: int) -> Simulation:
     return simulation
 
 
-@pytest.mark.parametrize("first", range(0, SEEDS, SEEDS // 4))
-def test_whatever_happens_the_account_holds(first: int) -> None:
+def hold(seeds: Iterable[int]) -> Counter[str]:
+    """Plays schedules, holds each against the promises, and returns what the waiters were told."""
     outcomes: Counter[str] = Counter()
-    for seed in range(first, first + SEEDS // 4):
+    for seed in seeds:
         try:
             simulation = play(seed)
             for ask in simulation.asks:
@@ -492,6 +493,19 @@ def test_whatever_happens_the_account_holds(first: int) -> None:
         except AssertionError as error:
             raise AssertionError(f"seed {seed}: {error}") from error
     assert set(outcomes) == {"served", "MODEL_LOAD_FAILED", "MEMORY_EXHAUSTED", "BACKEND_UNAVAILABLE"}
+    return outcomes
+
+
+@pytest.mark.parametrize("first", range(0, SEEDS, SEEDS // 4))
+def test_whatever_happens_the_account_holds(first: int) -> None:
+    hold(range(first, first + SEEDS // 4))
+
+
+@pytest.mark.soak(minutes=0.5)
+@pytest.mark.timeout(3600)
+def test_in_ten_thousand_schedules_the_account_holds() -> None:
+    outcomes = hold(counted(10_000, "schedules of loads and evictions"))
+    print(", ".join(f"{outcome} {count:,}" for outcome, count in outcomes.most_common()))
 
 
 def test_one_seed_is_one_schedule() -> None:

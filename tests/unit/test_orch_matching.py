@@ -520,3 +520,27 @@ def test_going_on_with_a_reply_takes_the_weights_and_not_the_name() -> None:
     decision = router().decide(ask("llama3.2:3b"), [view], resumption=begun)
     assert decision.chosen is not None
     assert (decision.chosen.spelling, decision.chosen.match) == ("other", Match.WEIGHTS)
+
+
+def test_a_reply_is_gone_on_with_only_by_who_is_known_to_go_on_and_has_the_weights() -> None:
+    able = pb.CapabilityReport(capability=pb.CAPABILITY_CONTINUE, support=pb.CapabilityReport.SUPPORT_YES)
+    other, silent = model("llama3.2:3b", digest="sha256:b"), model("llama3.2:3b", digest="sha256:a")
+    other.capabilities.append(able)
+    views = [
+        dataclasses.replace(EndpointView(name=name), models=(each,))
+        for name, each in (("other", other), ("silent", silent))
+    ]
+    begun = Resumption(weights="sha256:a", needs_same_weights=True)
+    decision = router().decide(ask("llama3.2:3b"), views, resumption=begun)
+    assert decision.chosen is None
+    assert {each.name: (each.refused_by, each.detail) for each in decision.candidates} == {
+        "other": (
+            "resumption",
+            "model llama3.2:3b is not known to have the weights that began the reply",
+        ),
+        "silent": ("resumption", "model llama3.2:3b is not known to go on from the start of a reply"),
+    }
+    silent.capabilities.append(able)
+    again = router().decide(ask("llama3.2:3b"), views, resumption=begun)
+    assert again.chosen is not None
+    assert again.chosen.name == "silent"

@@ -229,6 +229,103 @@ async def test_each_reply_with_a_format_tells_how_the_backend_kept_its_word(text
     assert judged == [("a", "m", SCHEMA, kept)]
 
 
+Delta, MODE = pb.Delta, pb.ToolChoice
+
+
+@pytest.mark.parametrize(
+    ("asked", "delta", "reason", "expected"),
+    [
+        ({"logprobs": pb.LogprobOptions()}, Delta(text="x", logprobs=[pb.TokenLogprob()]), "STOP", [True]),
+        ({"logprobs": pb.LogprobOptions()}, Delta(text="x"), "STOP", [False]),
+        ({"include_token_ids": True}, Delta(text="x", token_ids=[1]), "LENGTH", [True]),
+        ({"include_token_ids": True}, Delta(text="x"), "LENGTH", [False]),
+        ({"include_token_ids": True}, Delta(reasoning="x"), "LENGTH", []),
+        ({"tools": [pb.Tool(name="t")]}, Delta(tool_call=pb.ToolCallDelta()), "TOOL_CALLS", [True]),
+        ({"tools": [pb.Tool(name="t")]}, Delta(text="none needed"), "STOP", []),
+        (
+            {"tools": [pb.Tool(name="t")], "tool_choice": MODE(mode=MODE.MODE_REQUIRED)},
+            Delta(text="no"),
+            "STOP",
+            [False],
+        ),
+        (
+            {
+                "logprobs": pb.LogprobOptions(),
+                "accepted_degradations": [pb.DEGRADATION_KIND_OPTION_IGNORED],
+            },
+            Delta(text="x"),
+            "STOP",
+            [],
+        ),
+        ({}, Delta(text="x"), "STOP", []),
+    ],
+)
+@virtual
+async def test_what_a_reply_shows_of_a_capability_is_told(
+    asked: dict[str, object], delta: pb.Delta, reason: str, expected: list[bool]
+) -> None:
+    async def inner(call: Call[Request], send: Send) -> None:
+        await send(pb.GenerateResponse(started=pb.Started(backend="a", model="m")))
+        await send(pb.GenerateResponse(delta=delta))
+        ended = pb.FinishReason.Value(f"FINISH_REASON_{reason}")
+        await send(pb.GenerateResponse(finished=pb.Finished(reason=ended)))
+
+    judged: list[tuple[str, str, int, bool]] = []
+    request = pb.GenerateRequest(model="m", **asked)  # type: ignore[arg-type]  # the message checks them
+    await serve(Verify(inner, judge=lambda *each: judged.append(each)), request)
+    assert [(backend, model, kept) for backend, model, _, kept in judged] == [
+        ("a", "m", kept) for kept in expected
+    ]
+
+
+@virtual
+async def test_what_a_model_was_seen_to_do_counts_as_probed_until_it_fails_at_it_or_comes_back_anew() -> None:
+    claim = pb.CapabilityReport(capability=SCHEMA, support=pb.CapabilityReport.SUPPORT_YES)
+    listed = [pb.Model(id="m", capabilities=[claim]), pb.Model(id="n", capabilities=[claim])]
+    backend = endpoint("a", *listed)
+
+    def probed() -> list[tuple[str, int]]:
+        return [
+            (model.id, report.capability)
+            for model in backend.to_proto().models
+            for report in model.capabilities
+            if report.probed and report.support == pb.CapabilityReport.SUPPORT_YES
+        ]
+
+    assert probed() == []
+    backend.judge("m", SCHEMA, kept=True)
+    backend.judge("m", pb.CAPABILITY_LOGPROBS, kept=True)  # of which it said nothing
+    known = [("m", SCHEMA), ("m", pb.CAPABILITY_LOGPROBS)]
+    assert probed() == known
+    before = backend.models
+    backend.judge("m", SCHEMA, kept=True)
+    backend.list_models(listed)
+    assert backend.models is before, "nothing is new"
+    backend.judge("m", SCHEMA, kept=False)
+    assert probed() == [("m", pb.CAPABILITY_LOGPROBS)]
+    backend.judge("m", SCHEMA, kept=True)
+    assert probed() == known
+    backend.lose("gone")
+    backend.found_serving()
+    assert probed() == []
+
+
+@virtual
+async def test_calls_go_where_what_they_need_was_seen_to_work() -> None:
+    claim = pb.CapabilityReport(capability=SCHEMA, support=pb.CapabilityReport.SUPPORT_YES)
+    model = pb.Model(id="m", state=pb.Model.STATE_ACTIVE, capabilities=[claim])
+    said, seen = endpoint("said", model), endpoint("seen", model)
+    seen.judge("m", SCHEMA, kept=True)
+    router = Router(weights=ScorerWeights(), picker="best", source=random.Random(0))
+    request = ask(model="m")
+    request.output_format.any_json = True
+    decision = router.decide(request, [said.view(), seen.view()])
+    assert [(each.name, each.scores["proven"]) for each in decision.candidates] == [
+        ("seen", 1.0),
+        ("said", 0.5),
+    ]
+
+
 @virtual
 async def test_a_reply_of_several_backends_is_held_against_none() -> None:
     judged: list[object] = []

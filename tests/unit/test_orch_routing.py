@@ -165,6 +165,8 @@ def test_an_accepted_shortfall_is_no_need() -> None:
 
 # Filters, and the failure where all refuse.
 
+LONG = ask("one word and another " * 5000)
+
 DOWN = {"is_reachable": False, "is_serving": False, "detail": "nothing listens"}
 
 
@@ -177,6 +179,7 @@ DOWN = {"is_reachable": False, "is_serving": False, "detail": "nothing listens"}
         (view("a", model(state=pb.Model.STATE_QUARANTINED)), ask(), "quarantine"),
         (view("a", model(no=(pb.CAPABILITY_TOOLS,))), ask(tools=[pb.Tool(name="t")]), "capability"),
         (view("a", model(context_token_count=2)), ask("x" * 1000), "context"),
+        (view("a", model(context_token_count=131_072, loaded_context_token_count=4096)), LONG, "context"),
         (view("a", **DOWN), ask(), "reachable"),
         (view("a", **{**DOWN, "detail": ""}), ask(), "reachable"),
         (view("a", is_serving=False), ask(), "serving"),
@@ -233,6 +236,21 @@ def test_a_model_whose_only_backend_is_down_is_not_called_unknown() -> None:
 def test_what_no_model_can_do_is_unsupported() -> None:
     lacking = view("a", model(no=(pb.CAPABILITY_EMBED,)))
     assert isinstance(why(pb.EmbedRequest(model="m", texts=["x"]), lacking), CapabilityUnsupported)
+
+
+def test_what_does_not_fit_the_context_as_it_is_loaded_is_refused_unless_it_may_be_cut() -> None:
+    loaded = view("a", model(context_token_count=131_072, loaded_context_token_count=4096))
+    refused = decide(LONG, loaded)
+    assert refused.chosen is None
+    assert refused.candidates[0].detail == (
+        "the text has at least 10000 tokens and the context as it is loaded holds 4096"
+    )
+    assert isinstance(refused.failure(), ContextExceeded)
+    may = pb.GenerateRequest()
+    may.CopyFrom(LONG)
+    may.accepted_degradations.append(pb.DEGRADATION_KIND_PROMPT_TRUNCATED)
+    assert decide(may, loaded).chosen is not None
+    assert decide(LONG, view("a", model(context_token_count=131_072))).chosen is not None
 
 
 def test_what_fits_no_context_is_said_to_exceed_it() -> None:
@@ -340,6 +358,14 @@ def test_equals_share_the_calls() -> None:
     chosen = [decider.decide(ask(), [view("a"), view("b")]).chosen for _ in range(200)]
     names = [candidate.name for candidate in chosen if candidate is not None]
     assert 60 < names.count("a") < 140
+
+
+@pytest.mark.parametrize(("picker", "picked"), [("best", {"a"}), ("two", {"a", "b"})])
+def test_the_picker_is_the_configured_one(picker: str, picked: set[str]) -> None:
+    views = [view("a"), view("b", weight=0.5), view("c", weight=0.1)]
+    decider = Router(weights=ScorerWeights(), picker=picker, source=random.Random(0))
+    chosen = [decider.decide(ask(), views).chosen for _ in range(60)]
+    assert {candidate.name for candidate in chosen if candidate is not None} == picked
 
 
 def test_two_random_choices_never_take_the_worst_of_three() -> None:

@@ -509,3 +509,56 @@ def test_no_backend_that_a_filter_refuses_is_chosen_for_its_affinity() -> None:
         assert decision.chosen is not None
         assert decision.chosen.name == "b"
         assert decision.candidates[-1].refused_by == by
+
+
+# Each by itself.
+
+TOOLS, YES = pb.CAPABILITY_TOOLS, pb.CapabilityReport.SUPPORT_YES
+COLD = model(pb.Model.STATE_AVAILABLE, memory_bytes=4 * 2**30)
+
+
+def can_use_tools(*, probed: bool) -> pb.Model:
+    return model(capabilities=[pb.CapabilityReport(capability=TOOLS, support=YES, probed=probed)])
+
+
+def holding(request: pb.GenerateRequest) -> pb.Model:
+    return model(prefix_digests=digests(request, model="m"))
+
+
+def with_memory(free: int) -> EndpointView:
+    return view("", COLD, memory=pb.Memory(available_bytes=free))
+
+
+ONLY: dict[str, tuple[pb.GenerateRequest, EndpointView, EndpointView]] = {
+    "preference": (ask(routing=pb.RoutingHints(backends=["better", "worse"])), view(), view()),
+    "loaded": (ask(), view(), view("", COLD)),
+    "load": (ask(), view(outstanding=1), view(outstanding=3)),
+    "proven": (
+        ask(tools=[pb.Tool(name="t")]),
+        view("", can_use_tools(probed=True)),
+        view("", can_use_tools(probed=False)),
+    ),
+    "context": (ask("x" * 4000), view(), view("", model(loaded_context_token_count=100))),
+    "latency": (ask(), view(first_delta=0.1), view(first_delta=3.0)),
+    "speed": (ask(), view(figures={"m": figures(decode=80.0)}), view(figures={"m": figures(decode=8.0)})),
+    "tokens": (ask(), view(outstanding_tokens=10.0), view(outstanding_tokens=9000.0)),
+    "affinity": (ask("a", "b", "c"), view("", holding(ask("a", "b", "c"))), view()),
+    "memory": (ask(), with_memory(64 * 2**30), with_memory(2**30)),
+    "health": (ask(), view(success_rate=1.0), view(success_rate=0.4)),
+    "weight": (ask(), view(weight=1.0), view(weight=0.3)),
+}
+
+
+@pytest.mark.parametrize("name", SCORERS)
+def test_each_scorer_tells_the_better_by_itself_and_its_weight_decides(name: str) -> None:
+    request, better, worse = ONLY[name]
+    views = [dataclasses.replace(worse, name="worse"), dataclasses.replace(better, name="better")]
+    weights = dict.fromkeys(ScorerWeights.model_fields, 0.0)
+    for weight, expected in ((2.0, {"better"}), (0.0, {"better", "worse"})):
+        decider = Router(
+            weights=ScorerWeights.model_validate(weights | {name: weight}),
+            picker="best",
+            source=random.Random(0),
+        )
+        chosen = [decider.decide(request, views).chosen for _ in range(40)]
+        assert {each.name for each in chosen if each is not None} == expected

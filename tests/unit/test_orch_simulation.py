@@ -42,9 +42,10 @@ from forebay.orchestrator.stack import endpoint_stack, request_stack
 from forebay.testing import grammar
 from forebay.testing.calls import Sink, ask
 from forebay.testing.clock import now, run
+from soak import counted
 
 SEEDS = 600
-"""Schedules of 60 calls each. The whole of it takes seconds."""
+"""Schedules of 60 calls each. The whole of it takes seconds. `make soak` plays ten thousand."""
 
 CALLS = 60
 
@@ -282,6 +283,16 @@ def test_whatever_happens_the_promises_hold(block: int) -> None:
     assert outcomes["done"] > 500
     assert outcomes["STREAM_INTERRUPTED"] > 20
     assert outcomes["left"] > 20
+
+
+@pytest.mark.soak(minutes=12)
+@pytest.mark.timeout(3 * 3600)
+def test_in_ten_thousand_schedules_of_calls_and_faults_the_promises_hold() -> None:
+    outcomes: Counter[str] = Counter()
+    for seed in counted(10_000, "schedules of router, breakers, budget and layers"):
+        outcomes += play(seed)[1]
+    print(", ".join(f"{outcome} {count:,}" for outcome, count in outcomes.most_common()))
+    assert outcomes.total() == 10_000 * CALLS
 
 
 @pytest.mark.parametrize("seed", [1, 2, 3])

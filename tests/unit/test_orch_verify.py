@@ -127,12 +127,20 @@ async def test_where_properties_depend_on_expressions_only_the_json_is_checked()
 async def test_a_prompt_that_cannot_have_been_read_whole_is_an_error() -> None:
     asked = ask("long " * 20_000)
     with pytest.raises(PromptTruncated) as caught:
-        await serve(Verify(Says("x", prompt=300)), asked)
-    assert caught.value.metadata["least_token_count"] == "390"
-    for prompt in (0, 390):  # not reported, and possible
+        await serve(Verify(Says("x", prompt=4096)), asked)
+    assert caught.value.metadata["least_token_count"] == "10000"
+    for prompt in (0, 10_000):  # not reported, and possible
         await serve(Verify(Says("x", prompt=prompt)), asked)
     asked.accepted_degradations.append(pb.DEGRADATION_KIND_PROMPT_TRUNCATED)
-    await serve(Verify(Says("x", prompt=300)), asked)
+    await serve(Verify(Says("x", prompt=4096)), asked)
+
+
+async def test_text_without_words_has_a_token_for_each_longest_stretch() -> None:
+    asked = ask("-" * 100_000)
+    with pytest.raises(PromptTruncated) as caught:
+        await serve(Verify(Says("x", prompt=300)), asked)
+    assert caught.value.metadata["least_token_count"] == "390"
+    await serve(Verify(Says("x", prompt=390)), asked)
 
 
 async def test_other_calls_pass_untouched() -> None:

@@ -83,16 +83,18 @@ def remarks(backend: fleet_pb.Backend) -> list[str]:
     lines = [f"{backend.name}: {render.safe(backend.detail)}"] if backend.detail else []
     if 0.0 < backend.share < 1.0:
         lines.append(f"{backend.name}: comes back with {backend.share:.0%} of its share of calls")
-    for breaker in backend.breakers:
-        state = render.enum_text(fleet_pb.Breaker.State.Name(breaker.state), "STATE_")
-        whose = f"model {render.safe(breaker.model)}" if breaker.model else "the whole backend"
-        left = (
-            f", {render.seconds_text(breaker.remaining_duration.ToTimedelta().total_seconds())} left"
-            if breaker.HasField("remaining_duration")
-            else ""
-        )
-        lines.append(f"{backend.name}: breaker of {whose} is {state} ({breaker.reason}{left})")
-    return lines
+    return lines + [f"{backend.name}: {_breaker_text(breaker)}" for breaker in backend.breakers]
+
+
+def _breaker_text(breaker: fleet_pb.Breaker) -> str:
+    state = render.enum_text(fleet_pb.Breaker.State.Name(breaker.state), "STATE_")
+    whose = f"model {render.safe(breaker.model)}" if breaker.model else "the whole backend"
+    left = (
+        f", {render.seconds_text(breaker.remaining_duration.ToTimedelta().total_seconds())} left"
+        if breaker.HasField("remaining_duration")
+        else ""
+    )
+    return f"breaker of {whose} is {state} ({breaker.reason}{left})"
 
 
 def performance(backends: Iterable[fleet_pb.Backend]) -> Table | None:
@@ -140,6 +142,7 @@ def line(backend: fleet_pb.Backend) -> str:
     parts.append(_models_text(backend))
     if backend.detail:
         parts.append(backend.detail)
+    parts += [_breaker_text(breaker) for breaker in backend.breakers]
     return "  ".join(render.safe(part) for part in parts)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import re
+from collections.abc import Iterator
 from datetime import timedelta
 from pathlib import Path
 from typing import Annotated, Literal
@@ -153,7 +154,8 @@ class RetrySettings(Settings):
     continue_wait: Duration = Field(
         default=timedelta(seconds=5),
         description="How long a reply that broke off waits for a backend that can go on with it, where the "
-        "caller allowed that. A backend that restarts is back sooner.",
+        "caller allowed that, and before for a retry where many broke off at once. A backend that restarts "
+        "is back sooner.",
     )
     backoff_max: Duration = Field(
         default=timedelta(seconds=5),
@@ -523,45 +525,42 @@ class OrchestratorSettings(ServerSettings):
         "The dashboard links there. Empty links nowhere.",
     )
 
-    @model_validator(mode="after")
-    def _check_web(self) -> OrchestratorSettings:
+    def problems(self) -> Iterator[str]:
+        """Yields what is wrong with values that are right by themselves, a sentence each."""
+        yield from super().problems()
+        yield from self._web_problems()
+        yield from self._backend_problems()
+        if self.default_deadline > self.max_deadline:
+            yield "default_deadline must not be longer than max_deadline"
+
+    def _web_problems(self) -> Iterator[str]:
         address = self.web_address
         if address is not None and address.startswith("unix:"):
-            raise ValueError(f"web_address {address}: a browser needs a port, not a socket")
-        guarded = self.tls_certificate is not None and (self.tls_client_roots or self.auth_token_digests)
-        if address is not None and not is_local(address) and not guarded and not self.insecure_listen:
-            raise ValueError(
+            yield f"web_address {address}: a browser needs a port, not a socket"
+        elif (
+            address is not None and not is_local(address) and not self.is_guarded and not self.insecure_listen
+        ):
+            yield (
                 f"web_address {address} can be reached from other machines, and the dashboard shows backends "
                 "and requests to whoever opens it: set tls_certificate, tls_key and auth_token_digests (or "
                 "tls_client_roots), or insecure_listen = true to serve it without protection"
             )
         is_link = re.match(r"https?://[^\s/]", self.trace_url)
         if self.trace_url and not (is_link and "{trace_id}" in self.trace_url):
-            raise ValueError(
+            yield (
                 "trace_url begins with http:// or https:// and holds {trace_id}, such as "
                 "http://127.0.0.1:16686/trace/{trace_id}"
             )
-        return self
 
-    @model_validator(mode="after")
-    def _check_backends(self) -> OrchestratorSettings:
+    def _backend_problems(self) -> Iterator[str]:
         names = [backend.name for backend in self.backends]
-        double = sorted({name for name in names if names.count(name) > 1})
-        if double:
-            raise ValueError(f"backends: two backends are called {double[0]}; names must differ")
+        for double in sorted({name for name in names if names.count(name) > 1}):
+            yield f"backends: two backends are called {double}; names must differ"
         if not any(backend.enabled for backend in self.backends):
-            raise ValueError("backends: at least one backend must be enabled")
+            yield "backends: at least one backend must be enabled"
         for alias, spellings in self.aliases.items():
-            unknown = sorted(set(spellings) - set(names))
-            if unknown:
-                raise ValueError(
-                    f"aliases.{alias}: there is no backend {unknown[0]}; there are {', '.join(names)}"
-                )
+            for unknown in sorted(set(spellings) - set(names)):
+                yield f"aliases.{alias}: there is no backend {unknown}; there are {', '.join(names)}"
         for placed in self.placement.models:
             if placed.backend is not None and placed.backend not in names:
-                raise ValueError(
-                    f"placement.models: there is no backend {placed.backend}; there are {', '.join(names)}"
-                )
-        if self.default_deadline > self.max_deadline:
-            raise ValueError("default_deadline must not be longer than max_deadline")
-        return self
+                yield f"placement.models: there is no backend {placed.backend}; there are {', '.join(names)}"

@@ -13,10 +13,10 @@ import ipaddress
 import os
 import re
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from datetime import timedelta
 from pathlib import Path
-from typing import Annotated, Any, cast
+from typing import Annotated, Any, Self, cast
 
 import platformdirs
 import pydantic
@@ -142,6 +142,17 @@ class Settings(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True)
 
+    def problems(self) -> Iterator[str]:
+        """Yields what is wrong with values that are right by themselves, a sentence each."""
+        yield from ()
+
+    @pydantic.model_validator(mode="after")
+    def _check_together(self) -> Self:
+        problems = list(self.problems())
+        if problems:  # all of them, where a validator for each would stop at the first
+            raise ValueError("\n".join(problems))
+        return self
+
 
 class ServerSettings(Settings):
     """What every process that serves gRPC has."""
@@ -189,37 +200,34 @@ class ServerSettings(Settings):
         "Any other `Host` is refused, so that no web page can read it through a browser.",
     )
 
-    @pydantic.model_validator(mode="after")
-    def _check_exposure(self) -> ServerSettings:
+    def problems(self) -> Iterator[str]:
+        """Yields what is wrong with values that are right by themselves, a sentence each."""
+        yield from super().problems()
         if (self.tls_certificate is None) != (self.tls_key is None):
-            raise ValueError("set tls_certificate and tls_key together")
+            yield "set tls_certificate and tls_key together"
         if self.tls_client_roots is not None and self.tls_certificate is None:
-            raise ValueError("tls_client_roots needs tls_certificate and tls_key")
-        for digest in self.auth_token_digests:
-            if not re.fullmatch(r"[0-9a-f]{64}", digest):
-                raise ValueError(
-                    "auth_token_digests holds 64 hexadecimal digits each: printf %s TOKEN | sha256sum"
-                )
-        guarded = self.tls_certificate is not None and (self.tls_client_roots or self.auth_token_digests)
-        if not is_local(self.address) and not guarded and not self.insecure_listen:
-            raise ValueError(
+            yield "tls_client_roots needs tls_certificate and tls_key"
+        if not all(re.fullmatch(r"[0-9a-f]{64}", digest) for digest in self.auth_token_digests):
+            yield "auth_token_digests holds 64 hexadecimal digits each: printf %s TOKEN | sha256sum"
+        if not is_local(self.address) and not self.is_guarded and not self.insecure_listen:
+            yield (
                 f"address {self.address} can be reached from other machines: set tls_certificate, tls_key "
                 "and auth_token_digests (or tls_client_roots), or insecure_listen = true to serve "
                 "without protection"
             )
-        return self
-
-    @pydantic.model_validator(mode="after")
-    def _check_metrics(self) -> ServerSettings:
-        address = self.metrics_address
-        if address is not None and address.startswith("unix:"):
-            raise ValueError(f"metrics_address {address}: Prometheus needs a port, not a socket")
-        if address is not None and not is_local(address) and not self.insecure_listen:
-            raise ValueError(
-                f"metrics_address {address} can be reached from other machines, and shows names of "
+        metrics = self.metrics_address
+        if metrics is not None and metrics.startswith("unix:"):
+            yield f"metrics_address {metrics}: Prometheus needs a port, not a socket"
+        elif metrics is not None and not is_local(metrics) and not self.insecure_listen:
+            yield (
+                f"metrics_address {metrics} can be reached from other machines, and shows names of "
                 "models and figures to whoever asks: set insecure_listen = true to allow that"
             )
-        return self
+
+    @property
+    def is_guarded(self) -> bool:
+        """Whether callers have to prove who they are, over TLS."""
+        return self.tls_certificate is not None and bool(self.tls_client_roots or self.auth_token_digests)
 
 
 class ConfigError(Exception):
@@ -268,7 +276,7 @@ def load(sections: Mapping[str, type[Settings]], *, path: Path | None = None) ->
     try:
         settings = _settings_type(wanted, fields)()
     except pydantic.ValidationError as error:
-        lines.extend(_line(where, item, sections) for item in error.errors())
+        lines.extend(line for item in error.errors() for line in _lines(where, item, sections))
     except pydantic_settings.SettingsError as error:
         lines.append(f"environment: {error}")
     if lines:
@@ -311,20 +319,20 @@ def _settings_type(data: dict[str, Any], fields: dict[str, Any]) -> type[pydanti
     return pydantic.create_model("Configuration", __base__=Root, **fields)
 
 
-def _line(
+def _lines(
     where: str, item: Any, sections: Mapping[str, type[Settings]]
-) -> str:  # Any: pydantic's ErrorDetails
+) -> list[str]:  # Any: pydantic's ErrorDetails
     location = [str(part) for part in item["loc"]]
     key = ".".join(location)
     variable = _ENV_PREFIX + _NESTED.join(location).upper()
     source = f"environment variable {variable}" if variable in os.environ else f"{where}: {key}"
     if item["type"] == "extra_forbidden":
         known = _keys_beside(location, sections)
-        return f"{source}: there is no such key{_closest(location[-1], known)}"
-    message = str(item["msg"]).removeprefix("Value error, ")
+        return [f"{source}: there is no such key{_closest(location[-1], known)}"]
+    messages = str(item["msg"]).removeprefix("Value error, ").split("\n")
     given = item.get("input")
     shown = f" (got {given!r})" if isinstance(given, str | int | float | bool) else ""
-    return f"{source}: {message[:1].lower()}{message[1:]}{shown}"
+    return [f"{source}: {message[:1].lower()}{message[1:]}{shown}" for message in messages]
 
 
 def _keys_beside(location: list[str], sections: Mapping[str, type[Settings]]) -> tuple[str, ...]:

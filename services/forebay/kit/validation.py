@@ -14,6 +14,7 @@ import orjson
 
 from forebay.inference.v1 import inference_pb2 as pb
 from forebay.kit.pipeline import Request
+from forebay.models.v1 import models_pb2 as models_pb
 
 FRAMEWORKS = frozenset({"mlx", "ollama", "lmstudio", "openai", "scripted"})
 """Keys that `backend_options` may have."""
@@ -24,6 +25,9 @@ MAX_TOOLS = 128
 MAX_REQUEST_ID = 128
 MAX_SCHEMA_BYTES = 256 * 1024
 MAX_EMBED_TEXTS = 10_000
+
+MAX_SECONDS = 315_576_000_000
+"""Most seconds that a Duration of protobuf may have."""
 
 Violation = tuple[str, str]
 """Path of a field, and what is wrong with it."""
@@ -57,6 +61,17 @@ def violations(request: Request, *, model_required: bool = True) -> list[Violati
         model_required: whether `model` may be empty.
     """
     return list(_violations(request, model_required=model_required))
+
+
+def load_violations(request: models_pb.LoadModelRequest) -> list[Violation]:
+    """Returns everything that is wrong with how a model is to be loaded; empty if nothing is."""
+    found = []
+    if request.HasField("context_token_count") and request.context_token_count < 1:
+        found.append(("context_token_count", "must be at least 1"))
+    keep = request.keep_alive_duration
+    if not (0 <= keep.seconds <= MAX_SECONDS and 0 <= keep.nanos < 1_000_000_000):
+        found.append(("keep_alive_duration", f"must be from 0s to {MAX_SECONDS}s"))
+    return found
 
 
 def _violations(request: Request, *, model_required: bool) -> Iterator[Violation]:

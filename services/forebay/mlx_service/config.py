@@ -12,6 +12,7 @@ from forebay.kit.config import Address, ByteSize, Duration, ServerSettings, Sett
 from forebay.mlx_service import blas
 from forebay.mlx_service.default_model import DEFAULT_MODEL
 from forebay.mlx_service.fetch import default_cache_dir
+from forebay.mlx_service.quick_import import FOLDER_VARIABLE
 from forebay.mlx_service.shards import ShardSettings
 
 DIGESTS = "digests"
@@ -79,6 +80,12 @@ class MlxSettings(ServerSettings):
     )
     preload: tuple[str, ...] | None = Field(
         None, description="Models to load at start. Default: the default model. An empty list loads none."
+    )
+    pinned: tuple[str, ...] = Field(
+        (),
+        description="Models that stay in memory once they are loaded, by identifier or alias: neither "
+        "`keep_alive` nor others that need the room drive them out, only an unload by name. What is to be "
+        "there from the start is in `preload` too.",
     )
     max_loaded_models: int = Field(
         2,
@@ -209,7 +216,8 @@ class MlxSettings(ServerSettings):
         "is bound by `load_timeout` and the caller's deadline instead.",
     )
     restart_backoff_min: Duration = Field(
-        timedelta(milliseconds=250), description="Wait before the first restart of a crashed worker."
+        timedelta(milliseconds=250),
+        description="Wait before the second restart of a worker that crashes. The first is immediate.",
     )
     restart_backoff_max: Duration = Field(
         timedelta(seconds=15), description="Longest wait before a restart; waits double up to it."
@@ -229,7 +237,9 @@ class MlxSettings(ServerSettings):
         timedelta(seconds=1), description="How often each worker is asked whether it is well."
     )
     health_timeout: Duration = Field(
-        timedelta(seconds=5), description="A worker that does not answer for this long is replaced."
+        timedelta(seconds=5),
+        description="A worker that does not answer for this long is replaced. One that the system has "
+        "stopped, as SIGSTOP does, is replaced half a second after that is seen.",
     )
     stop_grace: Duration = Field(
         timedelta(seconds=5), description="How long a worker may take to end before it is killed."
@@ -253,6 +263,10 @@ class MlxSettings(ServerSettings):
                 )
         return self
 
+    def pins(self, model_id: str) -> bool:
+        """Whether a model stays in memory whatever else comes."""
+        return model_id in {self.aliases.get(name, name) for name in self.pinned}
+
     @property
     def smg(self) -> str:
         """Model behind mlx.grpc.engine.MlxEngine; empty is none."""
@@ -261,7 +275,7 @@ class MlxSettings(ServerSettings):
     @property
     def worker_environment(self) -> dict[str, str]:
         """Environment variables that all workers get: what they have to know before they import mlx."""
-        variables = {blas.LIBRARY_VARIABLE: self.cpu_blas}
+        variables = {blas.LIBRARY_VARIABLE: self.cpu_blas, FOLDER_VARIABLE: str(self.cache_dir)}
         if self.cpu_threads is not None:
             variables[blas.THREADS_VARIABLE] = str(self.cpu_threads)
         return variables

@@ -110,7 +110,7 @@ class MlxEngine:
             try:
                 id_, prepare = await self._source(name)
                 await self._supervisor.load(
-                    id_, prepare, _no_one, self._options(models_pb.LoadModelRequest())
+                    id_, prepare, _no_one, self._options(id_, models_pb.LoadModelRequest())
                 )
                 if (adapter := self._companions.adapter(name)) is not None:
                     await self._load_adapter(adapter, (id_, prepare), _ignore)
@@ -137,7 +137,9 @@ class MlxEngine:
         """Has the model loaded, saying so, and relays its worker's events."""
 
         async def waiting(residence: Residence) -> None:
-            await send(pb.GenerateResponse(progress=_loading(residence)))
+            fraction = self._supervisor.progress(residence)
+            progress = pb.Progress(stage=pb.Progress.STAGE_LOADING, fraction=fraction)
+            await send(pb.GenerateResponse(progress=progress))
 
         source = await self._source(call.request.model, embeds=False)
         async with self._worker(source, waiting) as (id_, worker):
@@ -146,9 +148,7 @@ class MlxEngine:
                 try:
                     await relay_generate(worker.stub.Generate, request, call, watched, self._name)
                 except MemoryExhausted as failure:
-                    # Only refusals before the first event name a limit that would do.
-                    wanted = int(failure.metadata.get(WANTED, "0"))
-                    if not wanted or not await self._supervisor.widen(id_, wanted):
+                    if not await self._widened(id_, failure):
                         raise
                     await relay_generate(worker.stub.Generate, request, call, watched, self._name)
 
@@ -195,11 +195,13 @@ class MlxEngine:
             )
 
         async def waiting(residence: Residence) -> None:
-            await send(models_pb.LoadModelResponse(progress=_load_progress(residence)))
+            fraction = self._supervisor.progress(residence)
+            progress = models_pb.LoadProgress(detail=residence.detail or "loading", fraction=fraction)
+            await send(models_pb.LoadModelResponse(progress=progress))
 
         id_, prepare = await self._source(request.model)
         was_loaded = self._supervisor.residence(id_).state is State.ACTIVE
-        options = self._options(request)
+        options = self._options(id_, request)
         residence = await self._supervisor.load(id_, prepare, waiting, options)
         if (adapter := self._companions.adapter(request.model)) is not None:
             await self._load_adapter(adapter, (id_, prepare), send)
@@ -259,15 +261,23 @@ class MlxEngine:
     async def _load_adapter(
         self, adapter: AdapterSettings, base: tuple[str, Prepare], send: SendLoad
     ) -> None:
-        async with self._worker(base, _no_one) as (_, worker):
+        async with self._worker(base, _no_one) as (id_, worker):
             try:
-                async for event in worker.models.LoadModel(models_pb.LoadModelRequest(model=adapter.name)):
-                    if event.WhichOneof("event") == "progress":
-                        await send(event)
-            except (grpc.aio.AioRpcError, grpc.aio.UsageError) as error:
-                raise failure_of(error, self._name, committed=False) from error
+                await self._open_adapter(adapter, worker, send)
+            except MemoryExhausted as failure:
+                if not await self._widened(id_, failure):
+                    raise
+                await self._open_adapter(adapter, worker, send)
         loaded = models_pb.ModelLoaded(model=await self._describe_adapter(adapter))
         await send(models_pb.LoadModelResponse(loaded=loaded))
+
+    async def _open_adapter(self, adapter: AdapterSettings, worker: Worker, send: SendLoad) -> None:
+        try:
+            async for event in worker.models.LoadModel(models_pb.LoadModelRequest(model=adapter.name)):
+                if event.WhichOneof("event") == "progress":
+                    await send(event)
+        except (grpc.aio.AioRpcError, grpc.aio.UsageError) as error:
+            raise failure_of(error, self._name, committed=False) from error
 
     async def _unload_adapter(
         self, adapter: AdapterSettings, *, force: bool
@@ -288,6 +298,14 @@ class MlxEngine:
 
     def _usable(self, id_: str) -> Worker | None:
         return self._supervisor.residence(id_).usable
+
+    async def _widened(self, id_: str, failure: MemoryExhausted) -> bool:
+        """Gives a model's worker the memory that it refused for lack of. Returns whether it has it now.
+
+        Only refusals before the first event name a limit that would do.
+        """
+        wanted = int(failure.metadata.get(WANTED, "0"))
+        return bool(wanted) and await self._supervisor.widen(id_, wanted)
 
     def _served(self, name: str, id_: str) -> str:
         """By what name the worker of a model knows what a caller named."""
@@ -382,7 +400,7 @@ class MlxEngine:
             )
         return await self._fetches.join(id_, lambda report: pull_from_hub(id_, self._hub_cache, report), tell)
 
-    def _options(self, request: models_pb.LoadModelRequest) -> Options:
+    def _options(self, id_: str, request: models_pb.LoadModelRequest) -> Options:
         keep_alive = self._settings.keep_alive
         if request.HasField("keep_alive_duration"):
             keep_alive = request.keep_alive_duration.ToTimedelta()
@@ -390,7 +408,9 @@ class MlxEngine:
         if request.HasField("context_token_count"):
             context = request.context_token_count
         return Options(
-            context_token_count=context, keep_alive=keep_alive.total_seconds(), pinned=request.pinned
+            context_token_count=context,
+            keep_alive=keep_alive.total_seconds(),
+            pinned=request.pinned or self._settings.pins(id_),
         )
 
     async def _describe(self, entry: Entry) -> pb.Model:
@@ -446,22 +466,6 @@ def _for_worker(call: Call[RequestT], id_: str) -> RequestT:
     request.model = id_
     request.request_id = call.request_id
     return request
-
-
-def _loading(residence: Residence) -> pb.Progress:
-    progress = pb.Progress(stage=pb.Progress.STAGE_LOADING)
-    step = residence.step
-    if step is not None and step.total:
-        progress.fraction = min(1.0, step.done / step.total)
-    return progress
-
-
-def _load_progress(residence: Residence) -> models_pb.LoadProgress:
-    progress = models_pb.LoadProgress(detail=residence.detail or "loading")
-    step = residence.step
-    if step is not None and step.total:
-        progress.fraction = min(1.0, step.done / step.total)
-    return progress
 
 
 def _facts(described: pb.Model) -> pb.Model:

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Protocol, TypeAlias
 
 import grpc.aio
+import psutil
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from forebay.inference.v1 import inference_pb2 as pb
@@ -86,6 +87,9 @@ class Worker(Protocol):
     def tail(self) -> tuple[str, ...]:
         """Returns what it said last on stderr."""
 
+    def is_stopped(self) -> bool:
+        """Returns whether the system has stopped it, as SIGSTOP does, so that it cannot do anything."""
+
     async def is_well(self, timeout: float) -> bool:
         """Returns whether it says within so many seconds that it serves."""
 
@@ -148,6 +152,13 @@ class WorkerProcess:
         if self._is_closed:
             raise BackendUnavailable("this model's worker has ended")
         return self._channel
+
+    def is_stopped(self) -> bool:
+        """Returns whether the system has stopped it. A debugger may hold it: that is another state."""
+        try:
+            return psutil.Process(self.pid).status() == psutil.STATUS_STOPPED
+        except psutil.Error:  # it has ended
+            return False
 
     async def is_well(self, timeout: float) -> bool:
         """Returns whether it says within so many seconds that it serves."""

@@ -5,7 +5,7 @@ A model's life:
     AVAILABLE --asked for--> LOADING --worker serves--> ACTIVE
     ACTIVE --unloaded, unused, or others need the room--> UNLOADING --worker gone--> AVAILABLE
     LOADING --worker exits 3, or too late--> FAILED --asked for again, not too soon--> LOADING
-    LOADING, ACTIVE --worker ends or falls silent--> LOADING, after a wait that doubles
+    LOADING, ACTIVE --worker ends, is frozen or falls silent--> LOADING, at once or after a wait that doubles
     LOADING, ACTIVE --too many such ends--> QUARANTINED --loaded by name--> LOADING
 
 Each model that is being kept has one task, its keeper, which alone starts and
@@ -18,6 +18,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import math
 import random
 import signal
 from collections import deque
@@ -61,8 +62,18 @@ _TICK = 0.001
 _TELL = 1.0
 """Most seconds between two signs of life to a caller that waits for a model."""
 
+_FROZEN = 0.5
+"""Seconds for which a worker must have been stopped to be given up. What stops processes for a while to slow
+them down does so for fractions of that."""
+
+_LOOK = 0.1
+"""Seconds between two looks at whether a worker that owes an answer is stopped."""
+
 _READY_TIMEOUT = 5.0
 """Seconds a loading worker gets for one answer. It is busy; only `load_timeout` says when it is too late."""
+
+
+_FROZEN_TEXT = "it was stopped, as by SIGSTOP"
 
 
 class State(Enum):
@@ -200,6 +211,28 @@ class Outcome:
     detail: str = field(default="")
 
 
+class _Frost:
+    """Tells a worker that is stopped from one that is merely slow: it needs not be waited for.
+
+    A slow worker wants to run, or waits for a disk. One that is stopped does neither, whatever else the
+    machine does, until somebody lets it go on.
+    """
+
+    def __init__(self, worker: Worker) -> None:
+        self._worker = worker
+        self._since = math.inf
+
+    @property
+    def is_seen(self) -> bool:
+        """Whether it was stopped at the latest look."""
+        return self._since < math.inf
+
+    def holds(self) -> bool:
+        """Looks, and returns whether the worker was stopped at every look for `_FROZEN` seconds."""
+        self._since = min(self._since, _now()) if self._worker.is_stopped() else math.inf
+        return _now() - self._since >= _FROZEN
+
+
 class Supervisor:
     """Keeps the workers of all models. Use it as a block: at its end every worker is gone.
 
@@ -264,7 +297,11 @@ class Supervisor:
         """Returns a model's place."""
         if model_id not in self._residences:
             keep_alive = self._settings.keep_alive.total_seconds()
-            options = Options(keep_alive=keep_alive, context_token_count=self._settings.context_token_count)
+            options = Options(
+                context_token_count=self._settings.context_token_count,
+                keep_alive=keep_alive,
+                pinned=self._settings.pins(model_id),
+            )
             self._residences[model_id] = Residence(model_id, options)
         return self._residences[model_id]
 
@@ -319,6 +356,13 @@ class Supervisor:
     def takes(self, model_id: str, weights: int) -> int:
         """Returns the bytes that a model takes, or would take if it were loaded, its process included."""
         return self._steward.takes(model_id, weights)
+
+    def progress(self, residence: Residence) -> float | None:
+        """Returns how far a load is, from 0 to 1: its preparation, then its weights. None is unknown."""
+        step = residence.step
+        if step is not None:
+            return min(1.0, step.done / step.total) if step.total else None
+        return self._steward.arrived(residence.id) if residence.state is State.LOADING else None
 
     def memory(self) -> pb.Memory:
         """Describes the machine's memory and what the models take of it."""
@@ -463,10 +507,15 @@ class Supervisor:
                 return Outcome(End.STOPPED)
 
     def _backoff(self, crashes: int) -> float:
-        """Seconds before the next start: doubling, and spread so that workers do not start in step."""
+        """Seconds before the next start: none after one crash, then doubling.
+
+        They are spread so that workers do not start in step.
+        """
+        if crashes == 1:
+            return 0.0
         shortest = self._settings.restart_backoff_min.total_seconds()
         longest = self._settings.restart_backoff_max.total_seconds()
-        return min(longest, shortest * 2.0 ** (crashes - 1)) * (1 - self._jitter() / 2)
+        return min(longest, shortest * 2.0 ** (crashes - 2)) * (1 - self._jitter() / 2)
 
     async def _pause(self, residence: Residence, seconds: float) -> bool:
         """Waits, and returns at once with True if the model is to be stopped."""
@@ -503,6 +552,10 @@ class Supervisor:
                 residence.become(State.LOADING, outcome.detail)
             silent = outcome.end is not End.STOPPED and worker.exit_code is None
             await worker.stop(0.0 if silent else self._settings.stop_grace.total_seconds())
+            if outcome.end is End.STOPPED and (code := worker.exit_code):
+                logger.warning(
+                    "worker %d of %s did not stop in peace: %s", worker.pid, residence.id, _how(worker, code)
+                )
         return outcome
 
     def _label(self, residence: Residence) -> dict[str, str]:
@@ -511,12 +564,15 @@ class Supervisor:
     async def _until_loaded(self, residence: Residence, worker: Worker) -> Outcome | None:
         """Waits until the worker serves and returns None, or how it ended instead."""
         deadline = _now() + self._settings.load_timeout.total_seconds()
+        frost = _Frost(worker)
         while True:
             if (code := worker.exit_code) is not None:
                 end = End.LOAD_FAILED if code == LOAD_FAILED else End.CRASHED
                 return Outcome(end, _how(worker, code))
             if residence.stopping:
                 return Outcome(End.STOPPED)
+            if frost.holds():
+                return Outcome(End.CRASHED, _FROZEN_TEXT)
             if _now() >= deadline:
                 return Outcome(
                     End.LOAD_FAILED,
@@ -538,17 +594,32 @@ class Supervisor:
                 return await self._until_unused(residence, worker)
             if residence.suspect or _now() >= next_check:
                 if not await self._is_well(residence, worker):
-                    code = worker.exit_code
-                    return Outcome(
-                        End.CRASHED, _silent(self._settings) if code is None else _how(worker, code)
-                    )
+                    return Outcome(End.CRASHED, self._why_lost(worker))
                 self._steward.note(residence, await worker.adjust(None))
                 next_check = _now() + interval
             if not residence.calls and residence.expires_in(_now()) == 0.0:
                 self._steward.left(residence, "unused")
                 return Outcome(End.STOPPED, "")
 
+    def _why_lost(self, worker: Worker) -> str:
+        if (code := worker.exit_code) is not None:
+            return _how(worker, code)
+        if worker.is_stopped():
+            return _FROZEN_TEXT
+        return f"it did not answer for {self._settings.health_timeout.total_seconds():g}s"
+
     async def _is_well(self, residence: Residence, worker: Worker) -> bool:
+        """Asks a worker whether it is well, and waits for the answer unless the worker is frozen."""
+        async with asyncio.TaskGroup() as tasks:
+            answer = tasks.create_task(self._answers(residence, worker))
+            frozen = tasks.create_task(self._until_frozen(residence, worker))
+            await asyncio.wait({answer, frozen}, return_when=asyncio.FIRST_COMPLETED)
+            is_well = answer.done() and answer.result()
+            answer.cancel()
+            frozen.cancel()
+        return is_well
+
+    async def _answers(self, residence: Residence, worker: Worker) -> bool:
         """Gives a worker `health_timeout` to say that it is well; new calls wait from its first silence."""
         deadline = _now() + self._settings.health_timeout.total_seconds()
         while worker.exit_code is None and (left := deadline - _now()) > 0:
@@ -560,6 +631,14 @@ class Supervisor:
             residence.suspect = True
             await asyncio.sleep(min(_POLL, left))
         return False
+
+    @staticmethod
+    async def _until_frozen(residence: Residence, worker: Worker) -> None:
+        """Returns when a worker has been stopped for long; new calls wait from the first sight of that."""
+        frost = _Frost(worker)
+        while not frost.holds():
+            residence.suspect = residence.suspect or frost.is_seen
+            await asyncio.sleep(_LOOK)
 
     async def _until_unused(self, residence: Residence, worker: Worker) -> Outcome:
         """Lets calls in progress end, unless the stop is forced."""
@@ -586,10 +665,6 @@ def _how(worker: Worker, code: int) -> str:
     if code == LOAD_FAILED and tail:
         return tail[-1].removeprefix("forebay mlx-worker: ")
     return f"it ended with exit code {code}" + (f" ({tail[-1]})" if tail else "")
-
-
-def _silent(settings: MlxSettings) -> str:
-    return f"it did not answer for {settings.health_timeout.total_seconds():g}s"
 
 
 def _now() -> float:

@@ -6,9 +6,10 @@ success in between resets it, so a backend that fails every other call would
 never be noticed. The success rate over a window notices that one, and says
 nothing until it has seen enough calls.
 
-"Busy" is no failure of that kind: it counts in the rate, since calls fare
-better elsewhere, but not in the run, since a backend that says it is busy is
-alive. While the breaker tries whether the backend works again, busy means no.
+"Busy" (RESOURCE_EXHAUSTED) opens nothing, for a backend that says so is alive.
+It lowers `success_rate`, by which routing prefers others, since calls fare
+better there; the condition over the window is asked of the other calls alone.
+While the breaker tries whether the backend works again, busy means no.
 
 What the caller did wrong, and calls that were broken off, count for nothing.
 
@@ -27,7 +28,8 @@ from forebay.orchestrator.backoff import Backoff
 from forebay.orchestrator.clock import Clock
 from forebay.orchestrator.config import BreakerSettings
 
-_BUSY = (BackendBusy, MemoryExhausted, QueueFull)
+BUSY = (BackendBusy, MemoryExhausted, QueueFull)
+"""Failures whose code is RESOURCE_EXHAUSTED."""
 
 
 class BreakerState(Enum):
@@ -80,8 +82,9 @@ class Breaker:
         self._clock = clock
         self._source = source
         self._backoff = Backoff(settings.open_min, settings.open_max, jitter=settings.jitter, source=source)
-        self._window: deque[tuple[float, bool]] = deque()
+        self._window: deque[tuple[float, bool, bool]] = deque()  # when, whether it succeeded, whether busy
         self._successes = 0  # of those in the window
+        self._busy = 0
         self._run = 0
         self._opens_until: float | None = None  # None is closed
         self._is_probing = False
@@ -134,7 +137,7 @@ class Breaker:
 
     @property
     def success_rate(self) -> float:
-        """Share of successes in the window. 1.0 while there are no calls."""
+        """Share of successes in the window, in which busy is none. 1.0 while there are no calls."""
         self._trim()
         if not self._window:
             return 1.0
@@ -175,28 +178,30 @@ class Breaker:
         if failure is None:
             # half-open => closed
             self._shut()
-        elif failure.fault is Fault.BACKEND or isinstance(failure, _BUSY):
+        elif failure.fault is Fault.BACKEND or isinstance(failure, BUSY):
             # half-open => open, for longer
             self._open(failure)
         # Otherwise the caller was wrong: still half-open, the next call tries.
 
     def _end_call(self, failure: Failure | None) -> None:
-        if failure is not None and failure.fault is not Fault.BACKEND:
+        is_busy = isinstance(failure, BUSY)
+        if failure is not None and failure.fault is not Fault.BACKEND and not is_busy:
             return
-        self._window.append((self._clock(), failure is None))
+        self._window.append((self._clock(), failure is None, is_busy))
         self._successes += failure is None
+        self._busy += is_busy
         self._trim()
         if failure is None:
             self._run = 0
-            return
-        if not isinstance(failure, _BUSY):
+        elif not is_busy:
             self._run += 1
-        settings = self._settings
-        if self._run >= settings.consecutive_failures or (
-            len(self._window) >= settings.min_samples and self.success_rate < settings.success_rate
-        ):
-            # closed => open
-            self._open(failure)
+            if self._run >= self._settings.consecutive_failures or self._is_rate_bad():
+                # closed => open
+                self._open(failure)
+
+    def _is_rate_bad(self) -> bool:
+        settings, count = self._settings, len(self._window) - self._busy
+        return count >= settings.min_samples and self._successes < settings.success_rate * count
 
     def _open(self, failure: Failure) -> None:
         self._opens_until = self._clock() + self._backoff.next()
@@ -213,10 +218,12 @@ class Breaker:
         self._epoch += 1
         self._run = 0
         self._window.clear()
-        self._successes = 0
+        self._successes = self._busy = 0
         self._is_probing = False
 
     def _trim(self) -> None:
         horizon = self._clock() - self._settings.window.total_seconds()
         while self._window and self._window[0][0] < horizon:
-            self._successes -= self._window.popleft()[1]
+            _, succeeded, was_busy = self._window.popleft()
+            self._successes -= succeeded
+            self._busy -= was_busy

@@ -1,7 +1,9 @@
 """The breakers of one backend: one for the whole of it, and one for each model that fails by itself.
 
-A model whose file is damaged must not take its healthy neighbours down with it,
-so failures that are about a model open only that model's breaker.
+A model whose file is damaged, or at which its framework crashes, must not take
+its healthy neighbours down with it. Some failures say that they are about the
+model. Of the others it shows: once another model was served while this one
+failed, what fails further is this one's own, and opens only its breaker.
 """
 
 from __future__ import annotations
@@ -10,10 +12,10 @@ import random
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from forebay.kit.failure import BreakerOpen, Failure, ModelLoadFailed, ModelQuarantined, WrongModel
+from forebay.kit.failure import BreakerOpen, Failure, Fault, ModelLoadFailed, ModelQuarantined, WrongModel
 from forebay.orchestrator.clock import Clock
 from forebay.orchestrator.config import BreakerSettings
-from forebay.orchestrator.fleet.breaker import Breaker, BreakerState, Permit
+from forebay.orchestrator.fleet.breaker import BUSY, Breaker, BreakerState, Permit
 
 _OF_THE_MODEL = (ModelLoadFailed, ModelQuarantined, WrongModel)
 
@@ -37,6 +39,8 @@ class Breakers:
         self._source = source
         self.whole = Breaker(settings, clock=clock, source=source)
         self._models: dict[str, Breaker] = {}  # only those whose model has failed since it last succeeded
+        self._failing: set[str] = set()  # models that failed, for whatever reason, since they last succeeded
+        self._alone: set[str] = set()  # those of them while others succeeded: the failures are their own
 
     def change(self, settings: BreakerSettings) -> None:
         """Goes by other settings from now on."""
@@ -61,6 +65,8 @@ class Breakers:
 
     def heal(self) -> None:
         """Notes that the backend came back anew."""
+        self._failing.clear()
+        self._alone.clear()
         for breaker in (self.whole, *self._models.values()):
             breaker.heal()
 
@@ -90,20 +96,32 @@ class Breakers:
         else:
             for permit in permits:
                 permit.succeed()
-            self._models.pop(model, None)
+            self._succeed(model)
         finally:
             for permit in permits:  # told already, unless the call was broken off
                 permit.forget()
 
+    def _succeed(self, model: str) -> None:
+        self._models.pop(model, None)
+        if self._failing:
+            self._failing.discard(model)
+            self._alone.discard(model)
+            self._alone |= self._failing
+
     def _fail(self, model: str, permits: list[Permit], failure: Failure) -> None:
-        if not isinstance(failure, _OF_THE_MODEL):
+        is_own = isinstance(failure, _OF_THE_MODEL)
+        if failure.fault is Fault.BACKEND and not isinstance(failure, BUSY):
+            self._failing.add(model)
+            is_own = is_own or model in self._alone
+        if not is_own:
             permits[0].fail(failure)
             return
         if len(permits) == 1:
             own = self._models.setdefault(
                 model, Breaker(self._settings, clock=self._clock, source=self._source)
             )
-            permit = own.admit()
+            # One that is open opened while this call was under way, which is no news to it.
+            permit = own.admit() if own.state is BreakerState.CLOSED else None
             if permit is None:
                 return
             permits.append(permit)

@@ -189,6 +189,7 @@ class Endpoint:
             # It came back, perhaps as another process: what it did in its former life says little.
             self.breakers.heal()
             self.trust.forget()
+            self._models = self._named()
         if self._is_reachable and not self._is_serving:
             self._list_error = ""  # it was of the time before
         self._is_reachable = self._is_serving = True
@@ -241,12 +242,33 @@ class Endpoint:
             ours = pb.Model()
             ours.CopyFrom(model)
             ours.backend = self.name
+            self._mark_proven(ours)
             listed[ours.id] = ours
         for alias, spelling in self._aliases.items():
             meant = find_model(spelling, listed.values())
             if meant is not None and alias not in meant.aliases:
                 meant.aliases.append(alias)
         return tuple(listed.values())
+
+    def _mark_proven(self, model: pb.Model) -> None:
+        """Marks as probed what the model was seen to do, whatever its backend says."""
+        proven = self.trust.proven(model.id)
+        for report in model.capabilities:
+            if report.capability in proven:
+                proven.discard(report.capability)
+                report.support, report.probed = pb.CapabilityReport.SUPPORT_YES, True
+        for capability in sorted(proven):
+            model.capabilities.add(
+                capability=pb.Capability.ValueType(capability),
+                support=pb.CapabilityReport.SUPPORT_YES,
+                probed=True,
+            )
+
+    def judge(self, model: str, capability: pb.Capability.ValueType, *, kept: bool) -> None:
+        """Takes in whether a reply was what a capability of its model promises."""
+        if self.trust.note(model, capability, kept=kept):
+            self._models = self._named()
+            self._publish()
 
     def fail_to_list(self, detail: str, *, is_gone: bool = False) -> None:
         """It could not list its models. The last list is kept.

@@ -130,7 +130,7 @@ class Fleet:
         """Takes in whether a reply was what a capability of its model promises."""
         member = self._members.get(backend)
         if member is not None:  # it may have been removed while it answered
-            member.endpoint.trust.note(model, capability, kept=kept)
+            member.endpoint.judge(model, capability, kept=kept)
 
     def spawn(self, work: Coroutine[None, None, None], name: str) -> asyncio.Task[None]:
         """Starts a task that ends with the fleet at the latest. It must not fail."""

@@ -13,6 +13,7 @@ sent on. A reply that cannot be joined exactly stays broken.
 from __future__ import annotations
 
 import asyncio
+import math
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -78,12 +79,30 @@ class Continue:
             mark = reply.splice()
             if mark is None:
                 raise _unspliced(lost, "it cannot be joined exactly")
-            if left <= 0 or not self._budget.withdraw():
+            if left <= 0 or not await self._take_retry(call):
                 raise _unspliced(lost, "no retry is left")
             left -= 1
             if self._on_splice is not None:
                 self._on_splice(lost)
             lost = await self._go_on(call, reply, mark, lost)
+
+    async def _take_retry(self, call: Call[Request]) -> bool:
+        """Takes a retry from the budget, and waits for one as it does for a backend.
+
+        A backend that is lost takes all its replies with it, and more of them than there are retries at once.
+        """
+        now = asyncio.get_running_loop().time
+        remaining = call.remaining()
+        until = now() + min(
+            self._settings.continue_wait.total_seconds(), math.inf if remaining is None else remaining
+        )
+        backoff = Backoff(self._settings.backoff_min, self._settings.backoff_min, source=self._source)
+        while not self._budget.withdraw():
+            wait = backoff.next()
+            if now() + wait >= until:
+                return False
+            await asyncio.sleep(wait)
+        return True
 
     async def _begin(self, call: Call[Request], reply: _Reply) -> Failure | None:
         """Serves the first part. Returns how its backend was lost, or None if it is all there is."""

@@ -2,7 +2,8 @@
 
 A framework that is asked for JSON may ignore that, and one whose context is too
 small may leave out half of the prompt; both say that all went well. Capabilities
-tell what a backend claims, and this what it did.
+tell what a backend claims, and this what it did. What a reply shows of them is
+told to a judge, so that claims become proofs, or doubts.
 """
 
 from __future__ import annotations
@@ -18,9 +19,12 @@ from referencing.exceptions import Unresolvable
 from forebay.inference.v1 import inference_pb2 as pb
 from forebay.kit.failure import FormatViolated, InvalidRequest, PromptTruncated
 from forebay.kit.pipeline import Call, Event, Request, Send, Service, Serving
-from forebay.orchestrator.routing.classify import MOST_CHARACTERS_PER_TOKEN, classify
+from forebay.orchestrator.routing.classify import MOST_WORDS_PER_TOKEN, least_tokens
 
 _FIELD = "output_format.json_schema"
+
+_LEAST_BYTES_PER_TOKEN = 2 * MOST_WORDS_PER_TOKEN
+"""Bytes of text behind each token that it must at least have: no text has more of those tokens."""
 
 Fault = Callable[[object], str]
 """Returns the keyword of a schema that a value violates, or an empty string."""
@@ -75,6 +79,9 @@ class _Check:
         self._fault: Fault | None = None
         if pb.DEGRADATION_KIND_FORMAT_NOT_ENFORCED not in accepted:
             self._fault = _fault_of(request.output_format)
+        self._wanted = _wanted(request) if judge is not None else frozenset()
+        self._shown: set[pb.Capability.ValueType] = set()
+        self._follows = bool(self._fault or self._wanted)
         self._text = [request.continue_from.text]
         self._backend = ""
         self._model = ""  # empty where several models wrote the reply: nobody knows whose fault it is
@@ -88,12 +95,22 @@ class _Check:
                 case "continued":
                     self._backend, self._model = event.continued.backend, ""
                 case "delta":
-                    if self._fault is not None and event.delta.text:
-                        self._text.append(event.delta.text)
+                    if self._follows:
+                        self._follow(event.delta)
                 case "finished":
                     self._finished = event
                     return _nothing()
         return self._send(event)
+
+    def _follow(self, delta: pb.Delta) -> None:
+        if delta.text:
+            self._text.append(delta.text)
+        if delta.logprobs:
+            self._shown.add(pb.CAPABILITY_LOGPROBS)
+        if delta.token_ids:
+            self._shown.add(pb.CAPABILITY_TOKEN_IDS)
+        if delta.HasField("tool_call"):
+            self._shown.add(pb.CAPABILITY_TOOLS)
 
     async def end(self) -> None:
         """Sends the end of the reply, if it deserves that."""
@@ -114,6 +131,7 @@ class _Check:
                     "least_token_count": str(least),
                 },
             )
+        self._judge_shown(finished)
         # A reply that was cut by a limit or turned into tool calls says so itself.
         if self._fault is None or finished.reason != pb.FINISH_REASON_STOP:
             return
@@ -132,15 +150,46 @@ class _Check:
                 metadata={"backend": self._backend, "keyword": keyword},
             )
 
+    def _judge_shown(self, finished: pb.Finished) -> None:
+        """Tells what the reply shows of the capabilities it relied on."""
+        if self._judge is None or not self._model:
+            return
+        has_text = any(self._text[1:])
+        has_to_call = self._request.tool_choice.mode == pb.ToolChoice.MODE_REQUIRED
+        for capability in self._wanted:
+            is_shown = capability in self._shown
+            # Who is offered tools may do without, and a reply that was cut may not get there.
+            is_due = (
+                has_to_call and finished.reason == pb.FINISH_REASON_STOP
+                if capability == pb.CAPABILITY_TOOLS
+                else has_text
+            )
+            if is_shown or is_due:
+                self._judge(self._backend, self._model, capability, is_shown)
+
     def _least_tokens(self, read: int) -> int:
         """Returns how many tokens must have been read; 0 where they certainly were, or need not be."""
         request = self._request
-        # A character is a byte at least, so most replies need no count of the characters.
-        if read * MOST_CHARACTERS_PER_TOKEN >= request.ByteSize():
+        # A word and the space after it are two bytes at least, so most replies need no count of the words.
+        if read * _LEAST_BYTES_PER_TOKEN >= request.ByteSize():
             return 0
         if pb.DEGRADATION_KIND_PROMPT_TRUNCATED in request.accepted_degradations:
             return 0
-        return classify(request).least_tokens
+        return least_tokens(request)
+
+
+def _wanted(request: pb.GenerateRequest) -> frozenset[pb.Capability.ValueType]:
+    """Returns what the request asks for that a reply shows, unless its caller does without."""
+    accepted = request.accepted_degradations
+    wanted = set()
+    if pb.DEGRADATION_KIND_OPTION_IGNORED not in accepted:
+        if request.HasField("logprobs"):
+            wanted.add(pb.CAPABILITY_LOGPROBS)
+        if request.include_token_ids:
+            wanted.add(pb.CAPABILITY_TOKEN_IDS)
+    if request.tools and pb.DEGRADATION_KIND_TOOLS_DROPPED not in accepted:
+        wanted.add(pb.CAPABILITY_TOOLS)
+    return frozenset(wanted)
 
 
 async def _nothing() -> None:

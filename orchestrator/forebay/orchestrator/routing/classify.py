@@ -6,6 +6,7 @@ list every rule that matched, so that a person can follow and dispute it.
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from forebay.inference.v1 import inference_pb2 as pb
@@ -21,6 +22,16 @@ CHARACTERS_PER_TOKEN = 4.0
 MOST_CHARACTERS_PER_TOKEN = 256
 """No vocabulary in use has longer tokens (the longest are runs of spaces or dashes). A prompt therefore has
 at least one token for each such stretch, which is a certain lower bound and good for refusing."""
+
+MOST_WORDS_PER_TOKEN = 2
+"""Tokenizers in use part text at white space before anything else, so a token holds one word at most. Twice
+that leaves room for vocabularies that join words, which common pairs of words are joined in."""
+
+SHORT_CHARACTERS = 4_000
+"""Text so short fits wherever anything does, and its words are not counted."""
+
+PLAIN = frozenset({pb.CAPABILITY_GENERATE, pb.CAPABILITY_EMBED, pb.CAPABILITY_COUNT_TOKENS})
+"""Capabilities that are no speciality: whoever lists a model for it can do them, or is refused."""
 
 USUAL_OUTPUT_TOKENS = 256.0
 """Tokens of a reply where nobody set a limit, or set one that few replies reach."""
@@ -57,15 +68,18 @@ class Traits:
     """Capabilities without which the request fails."""
     characters: int
     """Characters of text in it; of several texts to embed, those of the longest."""
+    least_tokens: int = 0
+    """Tokens that its text has at the very least; of several texts to embed, that of which this is the most.
+    0 if the caller accepts that it is cut."""
     extra_characters: int = 0
     """Characters that some part of which is likely to be read too: tools, and the other texts to embed."""
     output_tokens: float = 0.0
     """Tokens that its reply is likely to have."""
 
     @property
-    def least_tokens(self) -> int:
-        """Tokens that its text has at the very least."""
-        return self.characters // MOST_CHARACTERS_PER_TOKEN
+    def specialities(self) -> frozenset[pb.Capability.ValueType]:
+        """What it needs beyond plain text."""
+        return self.needs - PLAIN
 
     @property
     def likely_tokens(self) -> float:
@@ -92,6 +106,25 @@ def classify(request: Request) -> Traits:
     return _classify_generate(request)
 
 
+def least_tokens(request: pb.GenerateRequest | pb.EmbedRequest) -> int:
+    """Returns the tokens that the text of a request has at the very least, a longest text's of several."""
+    if isinstance(request, pb.EmbedRequest):
+        return max((_least_tokens([text]) for text in request.texts), default=0)
+    return _least_tokens(list(_texts(request)))
+
+
+def _least_tokens(texts: Sequence[str]) -> int:
+    characters = sum(map(len, texts))
+    words = sum(len(text.split()) for text in texts) if characters > SHORT_CHARACTERS else 0
+    return max(characters // MOST_CHARACTERS_PER_TOKEN, words // MOST_WORDS_PER_TOKEN)
+
+
+def _texts(request: pb.GenerateRequest) -> Iterator[str]:
+    for message in request.messages:
+        for part in message.parts:
+            yield part.text or part.tool_call.arguments_json or part.tool_result.text
+
+
 def _classify_embed(request: pb.EmbedRequest) -> Traits:
     reasons = ["it asks for embeddings"]
     if request.routing.priority == pb.PRIORITY_BATCH:
@@ -103,6 +136,7 @@ def _classify_embed(request: pb.EmbedRequest) -> Traits:
         reasons=tuple(reasons),
         needs=frozenset({pb.CAPABILITY_EMBED}),
         characters=longest,
+        least_tokens=0 if _may_be_cut(request) else least_tokens(request),
         extra_characters=sum(lengths) - longest,
     )
 
@@ -153,9 +187,14 @@ def _classify_generate(request: pb.GenerateRequest) -> Traits:
         reasons=tuple(reason for _, reason in matched),
         needs=frozenset(needs),
         characters=content.characters,
+        least_tokens=0 if _may_be_cut(request) else least_tokens(request),
         extra_characters=sum(len(tool.description) + len(tool.parameters_json_schema) for tool in tools),
         output_tokens=min(limit, USUAL_OUTPUT_TOKENS) if limit else USUAL_OUTPUT_TOKENS,
     )
+
+
+def _may_be_cut(request: pb.GenerateRequest | pb.EmbedRequest) -> bool:
+    return pb.DEGRADATION_KIND_PROMPT_TRUNCATED in request.accepted_degradations
 
 
 class _Content:

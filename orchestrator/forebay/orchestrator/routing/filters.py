@@ -135,11 +135,16 @@ def can(model: pb.Model | None, capability: pb.Capability.ValueType) -> bool:
 
 
 def context(question: Question) -> str | None:
-    """Refuses models whose context is too small for any reading of the text."""
-    limit = question.found.context_token_count if question.found is not None else 0
-    if 0 < limit < question.traits.least_tokens:
-        return f"the text has at least {question.traits.least_tokens} tokens and the context holds {limit}"
-    return None
+    """Refuses models whose context, as they are loaded, is too small for any reading of the text."""
+    found, least = question.found, question.traits.least_tokens
+    if found is None:
+        return None
+    limits = (found.loaded_context_token_count, found.context_token_count)
+    limit = min((each for each in limits if each > 0), default=least)
+    if least <= limit:
+        return None
+    loaded = " as it is loaded" if limit == found.loaded_context_token_count else ""
+    return f"the text has at least {least} tokens and the context{loaded} holds {limit}"
 
 
 def memory(question: Question) -> str | None:

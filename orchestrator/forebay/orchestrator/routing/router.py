@@ -149,9 +149,6 @@ class Decision:
         )
 
 
-_PLAIN = frozenset({pb.CAPABILITY_GENERATE, pb.CAPABILITY_EMBED, pb.CAPABILITY_COUNT_TOKENS})
-"""Capabilities that are no speciality: whoever lists a model for it can do them, or is refused."""
-
 _NOT_CONCERNED = frozenset({"allowed", "tried", "model"})
 """Filters whose refusal is no obstacle that could go away."""
 
@@ -295,7 +292,7 @@ class Router:
         silent: set[str] = set()
         if not any(question.allowed for question in questions):
             silent.add("preference")
-        if all(question.traits.needs <= _PLAIN for question in questions):
+        if not any(question.traits.specialities for question in questions):
             silent.add("proven")
         if not any(question.held for question in questions):
             silent.add("affinity")

@@ -66,14 +66,15 @@ def load(question: Question) -> float:
 
 
 def proven(question: Question) -> float:
-    """How sure the needed capabilities are. Tried is better than said, and a word kept than one broken."""
+    """How sure is what it needs beyond plain text: tried is better than said, a kept word than a broken."""
     found, doubts = question.found, question.endpoint.doubts
     reports = {report.capability: report for report in found.capabilities} if found else {}
     name = found.id if found else ""
-    return min(
+    sure = [
         _certainty(reports.get(need)) * (1.0 - doubts.get((name, int(need)), 0.0))
-        for need in question.traits.needs
-    )
+        for need in question.traits.specialities
+    ]
+    return min(sure, default=1.0)
 
 
 def _certainty(report: pb.CapabilityReport | None) -> float:

@@ -14,7 +14,7 @@ import llguidance.hf
 import numpy as np
 
 from forebay.inference.v1 import inference_pb2 as pb
-from forebay.kit.failure import BackendError, CapabilityUnsupported, InvalidRequest, printable
+from forebay.kit.failure import CapabilityUnsupported, InvalidRequest, printable
 from forebay.mlx_service.worker.runtime import mx
 from forebay.mlx_service.worker.sampling import Array, Processor
 from forebay.mlx_service.worker.words import Language, Words
@@ -25,6 +25,13 @@ KEPT = 32
 WHITESPACE = r"[ \n]{0,40}"
 """White space between JSON tokens. Bounded, or a weak model writes blanks inside valid JSON until its limit;
 40 characters indent ten levels by four."""
+
+_NOTHING_FOLLOWS = "NoExtensionBias"
+"""How llguidance's message begins where no token can come next."""
+
+LEXER_FUEL = 200_000
+"""Most work that llguidance may put into a format's regular expressions. What needs more takes seconds a
+step, in which every other reply stands still; schemas of thousands of lines need less."""
 
 
 class Grammar:
@@ -59,12 +66,14 @@ class _Follow:
         self._think_tokens = language.think_tokens
         self._is_thinking = is_thinking
         self._may_think = language.think_tokens is not None and not is_thinking
+        self._writes = False
 
     def __call__(self, tokens: Array, logits: Array) -> Array:
         # Waits for the step before: the next mask depends on the token that it picks.
         for token in tokens[self._position :].tolist():
             self._consume(token)
             self._position += 1
+        self._writes = True
         if self._is_thinking:
             return logits
         return mx.where(mx.array(self._allowed(logits.shape[-1]))[None], logits, -mx.inf)
@@ -78,8 +87,15 @@ class _Follow:
             self._is_thinking = True
         else:
             self._may_think = False
-            if not self._matcher.is_stopped() and not self._matcher.consume_token(token):
-                raise BackendError("the reply left its output format")
+            if self._matcher.is_stopped():
+                return
+            if not self._writes and not self._matcher.validate_tokens([token]):
+                raise InvalidRequest(
+                    "what the reply holds already does not have the output format",
+                    violations=[("continue_from", "does not have the output format")],
+                )
+            if not self._matcher.consume_token(token):
+                raise _too_complex()  # the mask allowed it, so it is the next step that cannot be worked out
 
     def _allowed(self, width: int) -> np.ndarray:
         allowed = np.zeros(width, bool)  # a model's vocabulary may be padded beyond the tokenizer's
@@ -88,7 +104,7 @@ class _Follow:
             return allowed
         bits = np.unpackbits(np.frombuffer(self._matcher.compute_bitmask(), np.uint8), bitorder="little")
         if self._matcher.is_error():
-            raise BackendError("the output format became too complex to follow")
+            raise _too_complex()
         allowed[: min(width, bits.size)] = bits[:width]
         if self._may_think and self._think_tokens is not None:
             allowed[self._think_tokens[0]] = True
@@ -115,8 +131,8 @@ class Grammars:
             is_thinking: whether the reply begins inside reasoning, which is free of the format.
 
         Raises:
-            InvalidRequest: the format is malformed.
-            CapabilityUnsupported: part of it cannot be enforced.
+            InvalidRequest: the format is malformed, or nothing has it.
+            CapabilityUnsupported: part of it cannot be enforced, or it is too complex.
         """
         language = self._words.language
         if (language.markers.think_start or is_thinking) and language.think_tokens is None:
@@ -147,7 +163,8 @@ class Grammars:
                 eos_token=sorted(self._words.language.end_tokens),
             )
         try:
-            matcher = llguidance.LLMatcher(self._tokenizer, _grammar(kind, text), log_level=0)
+            limits = llguidance.LLParserLimits(initial_lexer_fuel=LEXER_FUEL)
+            matcher = llguidance.LLMatcher(self._tokenizer, _grammar(kind, text), log_level=0, limits=limits)
         except ValueError as error:
             raise _malformed(kind, str(error)) from error
         if matcher.is_error():
@@ -158,7 +175,20 @@ class Grammars:
                 f"part of the output format cannot be enforced: {printable(warnings[0])[:200]}",
                 metadata={"field": f"output_format.{kind}"},
             )
+        self._try(kind, matcher)
         return matcher
+
+    def _try(self, kind: str, matcher: llguidance.LLMatcher) -> None:
+        """Takes the first step into a format: much is built only then, and not on the engine's thread."""
+        bits = np.unpackbits(np.frombuffer(matcher.compute_bitmask(), np.uint8), bitorder="little")
+        if matcher.is_error():
+            if matcher.get_error().startswith(_NOTHING_FOLLOWS):
+                raise _malformed(kind, "no reply has this format")
+            raise _too_complex(kind)
+        ahead = matcher.deep_copy()
+        ahead.consume_token(int(bits.argmax()))
+        if ahead.is_error():
+            raise _too_complex(kind)
 
 
 def _grammar(kind: str, text: str) -> str:
@@ -173,6 +203,11 @@ def _grammar(kind: str, text: str) -> str:
     else:
         grammar = llguidance.LLMatcher.grammar_from_lark(text)
     return grammar
+
+
+def _too_complex(kind: str = "") -> CapabilityUnsupported:
+    field = f"output_format.{kind}" if kind else "output_format"
+    return CapabilityUnsupported("the output format is too complex to be followed", metadata={"field": field})
 
 
 def _malformed(kind: str, error: str) -> InvalidRequest:

@@ -123,7 +123,7 @@ async def _serve(options: argparse.Namespace, settings: ServerSettings, tracing:
     identity.start()
     how = STORED if options.shards else plan(options.cpu_weights, facts, ceiling=ceiling, blas=BLAS)
     if needs_plain_layers(folder for _, folder in options.adapter):
-        how = replace(how, is_blocked=False)
+        how = replace(how, is_blocked=False, is_transposed=False)
     if how.reason:
         log.info("%s: %s; matrix products by %s", options.model_id, how.reason, BLAS or "mlx's own library")
     service, models, engine, words = (
@@ -168,7 +168,7 @@ def _chat(
         load, new_batch = partial(leader.load, path, options.shards.kind), leader.new_batch
     is_kept = options.prefix_cache and not options.shards  # each rank has a part of what attention holds
     engine = Engine(
-        lambda: (load(), words.language.end_tokens),
+        lambda: (load(), words.wait().end_tokens),
         rows=options.max_rows,
         queue_rows=options.queue,
         prefixes=PrefixCache(max_bytes=options.prefix_cache) if is_kept else None,
@@ -315,8 +315,10 @@ def _load_failure(error: BaseException) -> ModelLoadFailed:
 
 
 async def _load(words: Words | Texts, engine: Engine | EmbeddingEngine, identity: Identity) -> None:
-    await words.load()
-    await engine.start()
+    # Side by side, for each takes about as long. Of two failures that of the words is told, each time.
+    for failure in await asyncio.gather(words.load(), engine.start(), return_exceptions=True):
+        if failure is not None:
+            raise failure
     await asyncio.to_thread(identity.wait, DIGEST_SECONDS)
 
 

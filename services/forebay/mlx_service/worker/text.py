@@ -15,6 +15,9 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import Protocol
 
+_NO_BYTE = 0x100
+"""A character that Latin-1 cannot write."""
+
 _BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 
 
@@ -83,12 +86,15 @@ def spelling(
     rules = list(_rules(json.loads(decoder)))
     kinds = {rule["type"] for rule in rules}
     if "ByteLevel" in kinds:
-        alphabet = {char: byte for byte, char in _byte_alphabet().items()}
+        # A vocabulary has up to a quarter of a million pieces, and a worker that starts spells them all.
+        letters = dict.fromkeys(range(256), _NO_BYTE)
+        letters |= {ord(char): byte for byte, char in _byte_alphabet().items()}
 
         def spell(piece: str) -> bytes:
-            if all(char in alphabet for char in piece):
-                return bytes(alphabet[char] for char in piece)
-            return piece.encode()
+            try:
+                return piece.translate(letters).encode("latin-1")
+            except UnicodeEncodeError:  # it has a character that stands for no byte
+                return piece.encode()
 
         strips = False
     elif "Metaspace" in kinds or {"Replace", "ByteFallback"} <= kinds:

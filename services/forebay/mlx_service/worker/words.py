@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TypeVar
@@ -68,6 +68,7 @@ class Words:
     def __init__(self, path: Path) -> None:
         self._path = path
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="mlx-words")
+        self._reading: Future[Language]
         self._tokenizer: TokenizerWrapper
         self.language: Language
 
@@ -77,7 +78,12 @@ class Words:
         Raises:
             ModelLoadFailed: it cannot be read.
         """
-        self.language = await self.run(self._load)
+        self._reading = self._pool.submit(self._load)
+        self.language = await asyncio.wrap_future(self._reading)
+
+    def wait(self) -> Language:
+        """Returns what `load` reads once it has. For another thread, which is told how it failed too."""
+        return self._reading.result()
 
     async def run(self, call: Callable[[], T]) -> T:
         """Runs a call on the tokenizer's thread."""
