@@ -93,10 +93,10 @@ async def prometheus(folder: Path, targets: dict[str, str]) -> AsyncIterator[str
 async def result(session: aiohttp.ClientSession, query: str) -> list[dict[str, Any]]:
     try:
         async with session.get("/api/v1/query", params={"query": query}) as answer:
+            if answer.status == 503:  # it is starting, and says so in plain text
+                return []
             body = await answer.json()
     except aiohttp.ClientConnectionError:  # it is starting
-        return []
-    if answer.status == 503:
         return []
     assert body["status"] == "success", (query, body)
     found: list[dict[str, Any]] = body["data"]["result"]
