@@ -91,7 +91,7 @@ async def test_a_load_is_part_of_the_trace_of_who_asked_for_the_model(
     tmp_path: Path, collector: Collector
 ) -> None:
     cold = scripted(collector, "a", "--unloaded", "--load-delay", "200ms")
-    async with processes(tmp_path, collector, a=cold) as peer:
+    async with processes(tmp_path, collector, cold=True, a=cold) as peer:
         reply = await traced(peer, ask(SECRET, model="m"))
         assert reply.error is None
         spans = await collector.trace(reply.trace_id, 6)

@@ -16,7 +16,7 @@ from forebay.kit.engine import SendLoad, SendPull
 from forebay.kit.failure import BrokenStream
 from forebay.kit.genai import model_name
 from forebay.kit.relay import Pairs, failure_of, lost, relay_unary
-from forebay.kit.spans import traced
+from forebay.kit.spans import Attributes, traced
 from forebay.models.v1 import models_pb2 as models_pb
 from forebay.models.v1 import models_pb2_grpc
 
@@ -96,13 +96,16 @@ class Management:
     ) -> None:
         """Passes events on until the last. A loss never cuts anything: asking again joins the work."""
         rpc = f"forebay.models.v1.ModelService/{name}"
-        attributes = {
-            "rpc.system.name": "grpc",
-            "rpc.method": rpc,
-            "gen_ai.request.model": model_name(request.model),
-            "forebay.backend": self._backend,
-        }
-        with self._held(), traced(telemetry.current().tracer, rpc, SpanKind.CLIENT, attributes):
+
+        def describe() -> tuple[str, Attributes]:
+            return rpc, {
+                "rpc.system.name": "grpc",
+                "rpc.method": rpc,
+                "gen_ai.request.model": model_name(request.model),
+                "forebay.backend": self._backend,
+            }
+
+        with self._held(), traced(telemetry.current().tracer, SpanKind.CLIENT, describe):
             await self._relay(method, request, send, last=last)
 
     async def _relay(
