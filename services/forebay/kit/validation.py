@@ -70,7 +70,10 @@ def load_violations(request: models_pb.LoadModelRequest) -> list[Violation]:
         found.append(("context_token_count", "must be at least 1"))
     keep = request.keep_alive_duration
     if not (0 <= keep.seconds <= MAX_SECONDS and 0 <= keep.nanos < 1_000_000_000):
-        found.append(("keep_alive_duration", f"must be from 0s to {MAX_SECONDS}s"))
+        found.append(("keep_alive_duration", f"must be more than 0s and at most {MAX_SECONDS}s"))
+    elif request.HasField("keep_alive_duration") and not keep.seconds + keep.nanos:
+        # To some frameworks this is never and to others at once.
+        found.append(("keep_alive_duration", "must be more than 0; set `pinned` to keep the model for ever"))
     return found
 
 
