@@ -8,14 +8,25 @@ failed, what fails further is this one's own, and opens only its breaker.
 
 from __future__ import annotations
 
+import logging
 import random
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from forebay.kit.failure import BreakerOpen, Failure, Fault, ModelLoadFailed, ModelQuarantined, WrongModel
+from forebay.kit.failure import (
+    BreakerOpen,
+    Failure,
+    Fault,
+    ModelLoadFailed,
+    ModelQuarantined,
+    WrongModel,
+    printable,
+)
 from forebay.orchestrator.clock import Clock
 from forebay.orchestrator.config import BreakerSettings
 from forebay.orchestrator.fleet.breaker import BUSY, Breaker, BreakerState, Permit
+
+logger = logging.getLogger(__name__)
 
 _OF_THE_MODEL = (ModelLoadFailed, ModelQuarantined, WrongModel)
 
@@ -125,4 +136,17 @@ class Breakers:
             if permit is None:
                 return
             permits.append(permit)
+        was_open = self._is_open(model)
         permits[1].fail(failure)
+        if self._is_open(model) and not was_open:
+            # Of the whole backend its state tells, and every change of that is logged.
+            logger.warning(
+                "backend %s: calls are kept from model %s: they failed: %s",
+                self._backend,
+                printable(model),
+                failure.reason,
+            )
+
+    def _is_open(self, model: str) -> bool:
+        own = self._models.get(model)
+        return own is not None and own.state is not BreakerState.CLOSED
