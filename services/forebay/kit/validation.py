@@ -89,16 +89,23 @@ def _violations(request: Request, *, model_required: bool) -> Iterator[Violation
     else:
         yield from _messages(request.messages)
         yield from _tools(request.tools)
-    yield from _routing(request.routing)
+    if request.HasField("routing"):
+        yield from _routing(request.routing)
 
 
 def _generate(request: pb.GenerateRequest) -> Iterator[Violation]:
     yield from _messages(request.messages)
-    yield from _sampling(request.sampling)
-    yield from _limits(request.limits)
-    yield from _tools(request.tools)
-    yield from _tool_choice(request)
-    yield from _output_format(request.output_format)
+    # Nothing is wrong with what is not set, and most requests set little.
+    if request.HasField("sampling"):
+        yield from _sampling(request.sampling)
+    if request.HasField("limits"):
+        yield from _limits(request.limits)
+    if request.tools:
+        yield from _tools(request.tools)
+    if request.HasField("tool_choice"):
+        yield from _tool_choice(request)
+    if request.HasField("output_format"):
+        yield from _output_format(request.output_format)
     if request.HasField("logprobs") and not 0 <= request.logprobs.top_logprob_count <= MAX_TOP_LOGPROBS:
         yield "logprobs.top_logprob_count", f"must be in [0, {MAX_TOP_LOGPROBS}]"
     yield from _options(request.backend_options)
