@@ -307,7 +307,9 @@ def served(breakers: Breakers, model: str) -> None:
         pass
 
 
-def test_a_model_that_fails_beside_one_that_works_ejects_only_itself() -> None:
+def test_a_model_that_fails_beside_one_that_works_ejects_only_itself(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
     clock = Clock()
     breakers = boards(clock)
     for _ in range(3):
@@ -319,6 +321,7 @@ def test_a_model_that_fails_beside_one_that_works_ejects_only_itself() -> None:
     fail(breakers, "bad", HARD)
     assert breakers.whole.state is CLOSED
     assert breakers.of("bad")[1].remaining == timedelta(seconds=2), "its probe failed"
+    assert caplog.messages == ["backend mlx: calls are kept from model bad: they failed: BACKEND_UNAVAILABLE"]
     clock.now = 3.0
     served(breakers, "bad")
     assert breakers.not_closed() == []

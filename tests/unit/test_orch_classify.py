@@ -124,6 +124,13 @@ def test_what_is_due_is_prompt_and_reply() -> None:
     assert taken(text("x" * 400), limits=high).due_tokens == 100.0 + USUAL_OUTPUT_TOKENS
 
 
+def test_thoughts_of_earlier_answers_which_templates_leave_out_are_no_part_of_the_least() -> None:
+    said = "<think>" + "and so on " * 5000 + "</think>" + "yes " * 6000
+    messages = [message(text("hi")), message(text(said), role=pb.ROLE_ASSISTANT), message(text("on"))]
+    assert classify(pb.GenerateRequest(messages=messages)).least_tokens == 3001
+    assert taken(text(said)).least_tokens > 10_000, "whoever asks about thoughts means all of it"
+
+
 @pytest.mark.parametrize("folder", ["smollm2-135m-instruct", "all-minilm-l6-v2"])
 def test_no_text_has_fewer_tokens_than_it_is_said_to_have_at_least(folder: str) -> None:
     tokenizers = pytest.importorskip("tokenizers", reason="comes with MLX")

@@ -13,14 +13,14 @@ from functools import lru_cache
 from types import TracebackType
 
 from google.protobuf import duration_pb2
-from opentelemetry.trace import Span, SpanKind
+from opentelemetry.trace import INVALID_SPAN, Span, SpanKind
 
 from forebay.inference.v1 import inference_pb2 as pb
 from forebay.kit import metrics
 from forebay.kit.failure import printable
 from forebay.kit.metrics import Labels, Metrics
 from forebay.kit.pipeline import Call, Event, Request, Send
-from forebay.kit.spans import Attributes, ending_of, traced
+from forebay.kit.spans import Attributes, ending_of, is_dropped, traced
 from forebay.kit.telemetry import Telemetry
 
 _OPERATIONS: dict[type[Request], str] = {
@@ -95,6 +95,7 @@ class Watched:
         self, span: Span, send: Send | None = None, *, clock: Callable[[], float] = time.monotonic
     ) -> None:
         self.span = span
+        """The span of the call."""
         self._send = send
         self._clock = clock
         self.began = clock()
@@ -133,6 +134,10 @@ class Watched:
         else:
             self.note(event)
         return self._send(event)
+
+    def release(self) -> None:
+        """Lets go of the span and of where events went. What was noted stays."""
+        self.span, self._send, self.on_progress = INVALID_SPAN, None, None
 
     def note(self, event: Event) -> None:
         """Notes an event."""
@@ -356,6 +361,7 @@ class _Requested:
             self._tell(error)
         finally:
             self._span.__exit__(kind, error, where)
+            self._watched.release()
 
     def _tell(self, error: BaseException | None) -> None:
         watched, found = self._watched, self._telemetry.metrics
@@ -490,6 +496,11 @@ def _of_operation(model: str, provider: str, operation: str, error_type: str) ->
 
 _HIT = {"forebay.cache": "prefix", "forebay.cache.result": "hit"}
 _MISS = {"forebay.cache": "prefix", "forebay.cache.result": "miss"}
+
+
+def is_watched(telemetry: Telemetry) -> bool:
+    """Whether anybody learns of what is watched within the span around: no span and no metric may need it."""
+    return telemetry.metrics.enabled or not is_dropped(telemetry.tracer)
 
 
 def _place(address: str) -> dict[str, str | int]:

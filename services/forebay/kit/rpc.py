@@ -17,7 +17,7 @@ import uuid
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from contextvars import Token
 from types import TracebackType
-from typing import Any, TypeVar, cast
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import grpc
 from google.protobuf.message import Message
@@ -329,16 +329,17 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
 
         async def send(event: Event) -> None:
             nonlocal sequence, is_waiting
-            numbered = cast("pb.GenerateResponse", event)
-            numbered.sequence = sequence
+            if TYPE_CHECKING:
+                assert isinstance(event, pb.GenerateResponse)
+            event.sequence = sequence
             sequence += 1
-            if is_waiting or numbered.HasField("progress"):
-                queued = numbered.progress.stage == pb.Progress.STAGE_QUEUED
+            if is_waiting or event.HasField("progress"):
+                queued = event.progress.stage == pb.Progress.STAGE_QUEUED
                 if queued != is_waiting:
                     is_waiting = queued
                     await judged.waits(queued)
             try:  # as in `write`, without another coroutine for each event
-                await context.write(numbered)
+                await context.write(event)
             except _GONE as error:
                 raise CallerLeft("the caller left") from error
 

@@ -78,6 +78,19 @@ def traced(
     return _Traced(tracer, kind, describe, is_current)
 
 
+def is_dropped(tracer: Tracer) -> bool:
+    """Whether a span that was made here would tell nobody anything."""
+    return isinstance(tracer, NoOpTracer) or _is_dropped(trace.get_current_span())
+
+
+def _is_dropped(span: Span) -> bool:
+    if span.is_recording():
+        return False
+    context = span.get_span_context()
+    # One that is sampled has ended: a reply that is shared goes on after whoever asked for it first.
+    return context.is_valid and not context.is_remote and not context.trace_flags.sampled
+
+
 class _Traced:
     """A block with a span. A class, for a generator costs more than all else that an unrecorded span does."""
 
@@ -96,11 +109,8 @@ class _Traced:
             # Nobody sees it, so nobody pays for it. The caller's context stays the current one and goes on.
             return INVALID_SPAN
         around = trace.get_current_span()
-        if not around.is_recording():
-            above = around.get_span_context()
-            # One that is sampled has ended: a reply that is shared goes on after whoever asked for it first.
-            if above.is_valid and not above.is_remote and not above.trace_flags.sampled:
-                return around
+        if _is_dropped(around):
+            return around
         name, attributes = self._describe()
         self._span = span = self._tracer.start_span(
             name,

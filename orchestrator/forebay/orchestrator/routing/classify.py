@@ -30,6 +30,8 @@ that leaves room for vocabularies that join words, which common pairs of words a
 SHORT_CHARACTERS = 4_000
 """Text so short fits wherever anything does, and its words are not counted."""
 
+_THOUGHT_END = "</think>"
+
 PLAIN = frozenset({pb.CAPABILITY_GENERATE, pb.CAPABILITY_EMBED, pb.CAPABILITY_COUNT_TOKENS})
 """Capabilities that are no speciality: whoever lists a model for it can do them, or is refused."""
 
@@ -120,9 +122,11 @@ def _least_tokens(texts: Sequence[str]) -> int:
 
 
 def _texts(request: pb.GenerateRequest) -> Iterator[str]:
+    """Yields what a template certainly puts into the prompt. Of earlier answers it may leave out thoughts."""
     for message in request.messages:
         for part in message.parts:
-            yield part.text or part.tool_call.arguments_json or part.tool_result.text
+            text = part.text or part.tool_call.arguments_json or part.tool_result.text
+            yield text.rpartition(_THOUGHT_END)[2] if message.role == pb.ROLE_ASSISTANT else text
 
 
 def _classify_embed(request: pb.EmbedRequest) -> Traits:
