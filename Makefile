@@ -66,7 +66,7 @@ bench: $(VENV)/.dev ## Measures, side by side with a direct call.
 live: $(VENV)/.dev ## Runs the contract on real servers named by FOREBAY_OLLAMA_URL, FOREBAY_LMSTUDIO_URL, FOREBAY_JAEGER_URL.
 	$(PYTEST) -m live $(ARGS)
 
-soak: $(VENV)/.dev ## Runs the long simulations, fault and memory runs: three hours.
+soak: $(VENV)/.dev ## Runs the long simulations, fault and memory runs: two hours.
 	$(PYTEST) -m soak -v -s --timeout=3600 $(ARGS)
 
 llama-server: $(VENV)/.dev ## Builds llama-server for the tests that use it: once, about ten minutes.

@@ -37,6 +37,9 @@ from forebay.testing.calls import ask
 ROWS = 4
 MODELS = 4
 """Models that are loaded side by side. The count is a multiple of it."""
+GRACE = 60.0
+"""Seconds that a worker gets to end: on a machine with more to do than it can, one took more than ten."""
+
 VOCABULARY = 256
 SEED = 20
 
@@ -100,7 +103,7 @@ def tell(done: int, **more: object) -> None:
 
 
 async def workers(count: int, folder: Path) -> None:
-    launcher = Launcher(name="mlx", grace=10.0)
+    launcher = Launcher(name="mlx", grace=GRACE)
     codes: list[int | None] = []
 
     @contextlib.asynccontextmanager
@@ -122,7 +125,7 @@ async def workers(count: int, folder: Path) -> None:
             assert events[-1].HasField("finished")
         await supervisor.unload(model, force=False)
 
-    settings = MlxSettings(stop_grace="10s", max_loaded_models=MODELS)
+    settings = MlxSettings(stop_grace=GRACE, max_loaded_models=MODELS)
     async with Supervisor(settings, launch=launch) as supervisor:
         for done in range(MODELS, count + 1, MODELS):
             async with asyncio.TaskGroup() as tasks:

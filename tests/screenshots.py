@@ -158,6 +158,7 @@ async def main(seconds: float, out: Path) -> None:
             *engines(),
             telemetry=Telemetry(provider.get_tracer("pictures"), provider),
             backend={"slots": 4},
+            placement={"memory": "48GiB"},  # as a Mac has it, whatever this machine has
             web_address="127.0.0.1:0",
             trace_url="http://127.0.0.1:16686/trace/{trace_id}",
         )
@@ -187,10 +188,12 @@ async def shoot_terminal(mesh: Mesh, out: Path) -> None:
 
 async def shoot(page: Page, mesh: Mesh, out: Path) -> None:
     await mesh.control.DrainBackend(fleet_pb2.DrainBackendRequest(backend="lmstudio"))
-    mesh["mlx"].engine.then(Script(fault=Fault.parse("UNAVAILABLE@before")))
     moved = with_options(ask(model=QWEN), token_count=40)
     moved.routing.backends.extend(["mlx", "ollama"])
-    await mesh.generate(moved)
+    for _ in range(10):  # somebody else may get the failure
+        mesh["mlx"].engine.then(Script(fault=Fault.parse("UNAVAILABLE@before")))
+        if any(event.started.backend == "ollama" for event in await mesh.generate(moved)):
+            break
     await asyncio.sleep(3)
     await page.until("document.querySelectorAll('#live tr').length >= 4")
     await page.picture(out / "dashboard-dark.png")
@@ -198,8 +201,9 @@ async def shoot(page: Page, mesh: Mesh, out: Path) -> None:
     await asyncio.sleep(0.6)
     await page.picture(out / "dashboard-light.png")
     await page.look("document.querySelector('[data-filter=moved]').click()")
-    await page.until("document.querySelector('#recent .why-button') !== null")
-    await page.look("document.querySelector('#recent .why-button').click()")
+    button = "[...document.querySelectorAll('#recent tr')].find(row => row.textContent.includes('ollama'))"
+    await page.until(f"{button}?.querySelector('.why-button') != null")
+    await page.look(f"{button}.querySelector('.why-button').click()")
     await asyncio.sleep(0.6)
     await page.picture(out / "dashboard-decision.png", selector="section[aria-labelledby=recent-title]")
 

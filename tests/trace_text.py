@@ -76,7 +76,9 @@ def _short(value: object) -> str:
 def _event(attributes: object) -> str:
     assert isinstance(attributes, dict)
     said = [
-        f"{k.removeprefix('forebay.').removeprefix('route.')}={v}" for k, v in attributes.items() if v != ""
+        f"{k.removeprefix('forebay.').removeprefix('route.')}={v}"
+        for k, v in attributes.items()
+        if v not in ("", "exact")  # a model that was found by its name is nothing to tell
     ]
     return f" ({', '.join(said)})" if said else ""
 

@@ -172,6 +172,7 @@ async def sides(model: Path, home: Path) -> AsyncIterator[tuple[Side, Side]]:
     command = [sys.executable, "-m", "mlx_lm", "server", "--model", str(model), "--port", str(port)]
     command += ["--host", "127.0.0.1"]
     env = {"PATH": os.environ.get("PATH", ""), "HOME": str(home), "HF_HUB_OFFLINE": "1"}
+    env |= {name: value for name, value in os.environ.items() if name.startswith("OPENBLAS_")}  # kernels too
     if found := blas.load(is_global=False):  # both multiply with the same library
         env |= {"LD_PRELOAD": found.path, "OPENBLAS_NUM_THREADS": str(found.threads)}
     arguments = ["--model", str(model), "--model-id", "m", "--address", "127.0.0.1:0"]

@@ -10,7 +10,7 @@ import grpc.aio
 import pytest
 from opentelemetry.sdk.metrics import MeterProvider
 from opentelemetry.sdk.metrics.export import HistogramDataPoint, InMemoryMetricReader, NumberDataPoint
-from opentelemetry.sdk.trace import TracerProvider
+from opentelemetry.sdk.trace import ReadableSpan, TracerProvider
 from opentelemetry.sdk.trace.export import SimpleSpanProcessor
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 
@@ -38,6 +38,11 @@ class Measured:
         self.telemetry = Telemetry(
             tracers.get_tracer("test"), tracers, metrics=Metrics(meters.get_meter("test"))
         )
+
+    def spans(self, name: str, kind: str = "CLIENT") -> list[ReadableSpan]:
+        """Returns the spans of that name and kind that have ended."""
+        ended = self._spans.get_finished_spans()
+        return [span for span in ended if span.name == name and span.kind.name == kind]
 
     async def events(self, name: str, count: int = 1) -> list[dict[str, Any]]:
         """Returns the events of that name once there are so many, all on spans of whole requests."""
@@ -140,6 +145,33 @@ async def test_a_race_is_counted_by_its_winner_and_so_is_what_it_wasted(tmp_path
         assert race["forebay.hedge.backends"] == ("a", "b")
         assert race["forebay.hedge.winner"] == "b"
         assert race["forebay.hedge.wasted_seconds"] > 0
+
+
+async def test_a_load_belongs_to_who_asked_for_the_model_and_not_to_who_made_room(tmp_path: Path) -> None:
+    found = Measured()
+    engines = [
+        ScriptedEngine(name=name, models=[ScriptedModel(name=model, loaded=False)])
+        for name, model in (("a", "m"), ("b", "n"))
+    ]
+    room_for_one: dict[str, object] = {"memory": "1536KiB"}
+    async with Mesh(tmp_path, *engines, telemetry=found.telemetry, placement=room_for_one) as mesh:
+        slow = with_options(ask(model="m"), token_count=5000, token_delay="5ms")
+        call = mesh.client.Generate(slow, timeout=WAIT_SECONDS)
+        while not (await call.read()).HasField("delta"):  # type: ignore[union-attr]  # it does not end by itself
+            pass
+        waiting = asyncio.create_task(mesh.generate(ask(model="n")))
+
+        def is_waiting() -> bool:
+            figures = mesh.orchestrator.placement.ledger.figures_of("b")
+            return figures is not None and figures.waiting == 1
+
+        await until(is_waiting)
+        call.cancel()
+        await waiting
+        await until(lambda: len(found.spans("chat n")) == len(found.spans("chat m")) == 1)
+    parents = [span.parent for span in found.spans("forebay.models.v1.ModelService/LoadModel")]
+    asked = [found.spans(f"chat {model}")[0].get_span_context() for model in "mn"]
+    assert [each and each.span_id for each in parents] == [each and each.span_id for each in asked]
 
 
 async def test_who_joins_a_reply_is_counted(tmp_path: Path) -> None:

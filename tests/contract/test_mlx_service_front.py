@@ -469,11 +469,12 @@ async def test_a_model_of_the_pin_list_is_pinned_however_it_is_loaded(tmp_path):
         assert described.model.pinned
 
 
-async def test_a_load_of_no_context_or_of_a_time_before_now_is_refused(tmp_path):
+async def test_a_load_of_no_context_or_for_no_time_is_refused(tmp_path):
     async with front(tmp_path) as rig:
         for wrong in (
             models_pb.LoadModelRequest(model="m", context_token_count=0),
             models_pb.LoadModelRequest(model="m", context_token_count=-4),
+            models_pb.LoadModelRequest(model="m", keep_alive_duration=Duration(seconds=0)),
             models_pb.LoadModelRequest(model="m", keep_alive_duration=Duration(seconds=-1)),
             models_pb.LoadModelRequest(model="m", keep_alive_duration=Duration(seconds=10**15)),
         ):

@@ -35,6 +35,7 @@ from forebay.testing.calls import ask
 from forebay.testing.processes import ServiceProcess
 
 SECRET = "swordfish-7391"
+LOAD = "forebay.models.v1.ModelService/LoadModel"
 NO_JAEGER = pytest.mark.skipif(not JAEGER, reason="FOREBAY_JAEGER_URL names no Jaeger")
 
 
@@ -84,6 +85,31 @@ async def test_a_fallback_shows_the_failed_attempt_and_the_good_one(
     routes = [fields for name, fields in chat.events if name == "forebay.route"]
     assert [fields["forebay.route.chosen"] for fields in routes] == ["a", "b"]
     says_nothing_of(spans, SECRET, grammar.text(reply.events))
+
+
+async def test_a_load_is_part_of_the_trace_of_who_asked_for_the_model(
+    tmp_path: Path, collector: Collector
+) -> None:
+    cold = scripted(collector, "a", "--unloaded", "--load-delay", "200ms")
+    async with processes(tmp_path, collector, cold=True, a=cold) as peer:
+        reply = await traced(peer, ask(SECRET, model="m"))
+        assert reply.error is None
+        spans = await collector.trace(reply.trace_id, 6)
+    root, chat, load, over_there, attempt, _ = spans
+    assert [(span.service.removeprefix("forebay-"), span.kind, span.name) for span in spans] == [
+        ("orchestrator", "SERVER", GENERATE),
+        ("orchestrator", "CLIENT", "chat m"),
+        ("orchestrator", "CLIENT", LOAD),
+        ("a", "SERVER", LOAD),
+        ("orchestrator", "CLIENT", GENERATE),
+        ("a", "SERVER", GENERATE),
+    ]
+    assert [span.parent for span in spans] == [
+        CALLER, root.span_id, chat.span_id, load.span_id, chat.span_id, attempt.span_id,
+    ]  # fmt: skip
+    assert over_there.end - over_there.start >= 200_000_000
+    assert load.start - TOLERANCE <= over_there.start <= attempt.start + TOLERANCE
+    assert load.attributes.items() >= {"forebay.backend": "a", "gen_ai.request.model": "m"}.items()
 
 
 async def test_a_backend_killed_in_the_middle_is_an_error_on_the_way_to_it_and_nowhere_else(

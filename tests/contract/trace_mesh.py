@@ -138,8 +138,13 @@ def reporting(collector: Collector) -> dict[str, str]:
 
 
 @asynccontextmanager
-async def processes(folder: Path, collector: Collector, **backends: ServiceProcess) -> AsyncIterator[Client]:
-    """Runs backends, named by their frameworks, and an orchestrator before them, once each can serve."""
+async def processes(
+    folder: Path, collector: Collector, *, cold: bool = False, **backends: ServiceProcess
+) -> AsyncIterator[Client]:
+    """Runs backends, named by their frameworks, and an orchestrator before them, once each can serve.
+
+    Unless it is `cold`, that is once their models are in memory.
+    """
     async with AsyncExitStack() as stack:
         lines = ['[orchestrator]\naddress = "127.0.0.1:0"\n']
         for name, process in backends.items():
@@ -161,7 +166,10 @@ async def processes(folder: Path, collector: Collector, **backends: ServiceProce
         async with asyncio.timeout(WAIT_SECONDS):
             while True:
                 found = (await fleet.ListBackends(fleet_pb2.ListBackendsRequest())).backends
-                if all(each.state == fleet_pb2.Backend.STATE_ACTIVE and each.models for each in found):
+                models = [model for each in found for model in each.models]
+                if all(each.state == fleet_pb2.Backend.STATE_ACTIVE and each.models for each in found) and (
+                    cold or all(model.state == pb.Model.STATE_ACTIVE for model in models)
+                ):
                     break
                 await asyncio.sleep(0.05)
         yield peer

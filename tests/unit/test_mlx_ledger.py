@@ -24,6 +24,7 @@ from forebay.mlx.v1 import worker_pb2
 from forebay.mlx_service import host as host_module
 from forebay.mlx_service import steward
 from forebay.mlx_service.config import MlxSettings
+from forebay.mlx_service.fetch import Progress
 from forebay.mlx_service.host import Host, footprint, this_host, weights_in
 from forebay.mlx_service.ledger import (
     MIB,
@@ -210,6 +211,32 @@ async def test_a_model_alone_gets_the_whole_ceiling_and_others_are_told_to_give_
         await s.unload("b", force=False)
         await asyncio.sleep(2)
         assert machine.worker("a").limit == pytest.approx(10 * GIB - BESIDE, rel=0.01)
+
+
+@virtual
+async def test_a_load_tells_how_much_of_the_model_is_in_memory_already():
+    machine = Machine(sizes={"a": 2 * GIB})
+    async with service(machine) as s:
+        told = []
+
+        async def prepare(report):
+            report(Progress(what="converting", done=1, total=4))
+            await asyncio.sleep(2.5)
+            return Path("/models/a")
+
+        async def waiting(residence):
+            told.append(s.progress(residence))
+
+        loading = asyncio.create_task(s.load("a", prepare, waiting, Options()))
+        await asyncio.sleep(2.6)
+        held = iter((0, GIB // 2, GIB, 9 * GIB))
+        s._steward._used = lambda account: next(held, 9 * GIB)
+        arrived = [s.progress(s.residence("a")) for _ in range(4)]
+        await loading
+        assert s.progress(s.residence("a")) is None
+    expected = 2 * GIB * 1.02 + PROCESS_BYTES
+    assert told[1:3] == [0.25, 0.25]
+    assert arrived == pytest.approx([0, GIB / 2 / expected, GIB / expected, 0.99], rel=0.02)
 
 
 @virtual

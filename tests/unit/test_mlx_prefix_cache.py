@@ -301,6 +301,20 @@ def test_what_is_kept_holds_no_more_memory_than_it_says() -> None:
     assert before - mx.get_active_memory() <= 64 << 10
 
 
+def test_what_is_left_of_a_run_that_was_cut_holds_no_more_memory_than_it_says() -> None:
+    cache = PrefixCache(max_bytes=1 << 30, min_tokens=4)
+    cache.store("k", tuple(range(4000)), caches(tuple(range(4000))))
+    other = (*range(10), *range(5000, 5010))
+    cache.store("k", other, caches(other))
+    cache.find("k", (*other, 1))
+    mx.clear_cache()
+    before = mx.get_active_memory()
+    cache.shrink(20 * ONE)
+    assert cache.stats.bytes == 20 * ONE
+    mx.clear_cache()
+    assert before - mx.get_active_memory() >= 3900 * ONE
+
+
 def _first(cache: KVCache, count: int) -> KVCache:
     cut = KVCache()
     cut.keys, cut.values, cut.offset = cache.keys[:, :, :count], cache.values[:, :, :count], count

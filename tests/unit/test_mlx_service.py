@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 import time
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -91,6 +92,15 @@ async def test_a_seed_gives_the_same_reply_whoever_shares_the_batch(tiny: Rig) -
         )
     assert same.result().token_ids == alone
     assert other.result().token_ids != alone
+
+
+async def test_two_workers_do_not_make_up_the_same_reply(random_model: Path) -> None:
+    request = ask("a poem", most=40, sampling=pb.Sampling(temperature=1.5), include_token_ids=True)
+    replies = []
+    for _ in range(2):
+        async with rig(random_model) as one:
+            replies.append((await one.generate(request)).token_ids)
+    assert replies[0] != replies[1]  # every thread of mlx begins with the same random numbers
 
 
 async def test_a_reply_continued_from_its_tokens_ends_as_the_uninterrupted_one(tiny: Rig) -> None:
@@ -217,7 +227,7 @@ async def test_waiting_replies_are_told_their_place_and_served_by_urgency(random
             return reply
 
         async with asyncio.TaskGroup() as tasks:
-            tasks.create_task(run("first", 60, pb.PRIORITY_UNSPECIFIED))
+            tasks.create_task(run("first", 450, pb.PRIORITY_UNSPECIFIED))
             await until(lambda: tiny.engine.stats().live == 1)
             batch = tasks.create_task(run("batch", 2, pb.PRIORITY_BATCH))
             await until(lambda: tiny.engine.stats().waiting == 1)
@@ -422,6 +432,28 @@ async def test_an_idle_engine_does_not_run(tiny: Rig) -> None:
     assert tiny.engine.stats().steps == steps
     assert tiny.engine.stats().last_step_age == 0
     assert time.thread_time() - used < 0.2
+
+
+async def test_an_engine_that_is_stuck_before_a_row_is_in_the_batch_tells_its_age(tiny: Rig) -> None:
+    held, reached = threading.Event(), threading.Event()
+
+    def stick() -> None:
+        reached.set()
+        held.wait(30)
+
+    assert (await tiny.generate(ask(most=2))).finished
+    stuck = asyncio.create_task(tiny.engine.run(stick))
+    try:
+        await until(reached.is_set)
+        assert tiny.engine.stats().last_step_age == 0.0  # nobody waits for it
+        reply = asyncio.create_task(tiny.generate(ask(most=2)))
+        await until(lambda: tiny.engine.stats().last_step_age > 0.3)
+        assert tiny.engine.stats().live == 0
+    finally:
+        held.set()
+        await stuck
+    assert (await reply).finished
+    await until(lambda: tiny.engine.stats().last_step_age == 0.0)
 
 
 async def test_the_model_is_listed_with_what_it_can_do(tiny: Rig) -> None:

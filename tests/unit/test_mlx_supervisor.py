@@ -272,6 +272,18 @@ async def test_loading_by_name_ends_a_quarantine():
 
 
 @virtual
+async def test_crashes_from_before_a_load_by_name_count_no_more():
+    launch = Launcher({"dies": 0.0}, {"dies": 0.0}, {})
+    async with supervisor(launch, quarantine_crashes=2, restart_backoff_min="1s") as s:
+        with pytest.raises(ModelQuarantined):
+            await use(s)
+        await s.load("m", prepare, no_one, Options())
+        launch.running[0].die()
+        assert await use(s) is launch.running[0]
+    assert len(launch.workers) == 4
+
+
+@virtual
 async def test_crashes_far_apart_are_no_reason_for_a_quarantine():
     launch = Launcher()
     async with supervisor(launch, quarantine_crashes=2, quarantine_window="10s") as s:

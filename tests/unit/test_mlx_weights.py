@@ -17,7 +17,15 @@ from forebay.mlx_service.models.describe import ModelFacts, describe
 from forebay.mlx_service.worker import weights
 from forebay.mlx_service.worker.load import load_weights
 from forebay.mlx_service.worker.runtime import BLAS, mx, nn, tree_flatten
-from forebay.mlx_service.worker.weights import BlockedEmbedding, BlockedLinear, CpuWeights, Plan, plan, unpack
+from forebay.mlx_service.worker.weights import (
+    BlockedEmbedding,
+    BlockedLinear,
+    CpuWeights,
+    Plan,
+    TransposedLinear,
+    plan,
+    unpack,
+)
 from mlx_worker_rig import ask, rig
 
 pytestmark = pytest.mark.mlx
@@ -43,9 +51,10 @@ def matrix(rows: int, columns: int, seed: int = 0) -> mx.array:
     return mx.array(np.random.default_rng(seed).normal(size=(rows, columns)).astype(np.float32))
 
 
-@pytest.mark.parametrize("is_blocked", [False, True])
+@pytest.mark.parametrize("layout", ["plain", "transposed", "blocked"])
 @pytest.mark.parametrize(("bits", "dtype"), [(4, mx.float16), (8, mx.bfloat16), (4, mx.float32)])
-def test_unpacked_weights_are_exactly_what_the_packed_ones_stand_for(is_blocked, bits, dtype):
+def test_unpacked_weights_are_exactly_what_the_packed_ones_stand_for(monkeypatch, layout, bits, dtype):
+    monkeypatch.setattr(weights, "SMALL", 0 if layout == "blocked" else weights.SMALL)
     weight = matrix(128, 64).astype(dtype)
     linear = nn.Linear(64, 128, bias=True)
     linear.weight, linear.bias = weight, mx.ones((128,), dtype)
@@ -60,9 +69,13 @@ def test_unpacked_weights_are_exactly_what_the_packed_ones_stand_for(is_blocked,
     numbers = numbers.reshape(128, 2, 32).astype(np.float32)
     wide = [np.array(x.astype(mx.float32))[..., None] for x in (scales, biases)]
     wanted = (numbers * wide[0] + wide[1]).reshape(128, 64)
-    unpack(model, is_blocked=is_blocked)
-    kinds = (BlockedLinear, BlockedEmbedding) if is_blocked else (nn.Linear, nn.Embedding)
-    for layer, kind in zip(model.layers, kinds, strict=True):
+    unpack(model, is_blocked=layout != "plain", is_transposed=layout != "plain")
+    kinds = {
+        "plain": (nn.Linear, nn.Embedding),
+        "transposed": (TransposedLinear, nn.Embedding),
+        "blocked": (BlockedLinear, BlockedEmbedding),
+    }
+    for layer, kind in zip(model.layers, kinds[layout], strict=True):
         assert type(layer) is kind
         assert np.allclose(np.array(layer.weight), wanted, rtol=1e-7, atol=1e-7)
     assert model.layers[0].bias.dtype == mx.float32
@@ -85,10 +98,23 @@ def test_blocks_give_what_the_matrix_gives(outputs):
     assert mx.array_equal(table(ids), weight[ids])
 
 
+def test_a_layer_by_columns_gives_what_the_matrix_gives():
+    weight, bias = matrix(70, 96), matrix(1, 70, 1)[0]
+    layer, plain = TransposedLinear(weight, bias), TransposedLinear(weight)
+    assert mx.array_equal(layer.weight, weight)
+    for shape in ((96,), (5, 96), (2, 3, 96)):
+        x = mx.random.normal(shape)
+        assert mx.allclose(layer(x), x @ weight.T + bias, rtol=1e-5, atol=1e-5)
+        assert mx.allclose(plain(x), x @ weight.T, rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.skipif(BLAS is None or not BLAS.has_small_kernels, reason="needs kernels for AVX-512")
-def test_a_rows_result_does_not_depend_on_the_rows_beside_it():
-    layer = BlockedLinear(matrix(300, 576))
-    x = matrix(16, 576, 2)
+@pytest.mark.parametrize(
+    ("kind", "outputs", "inputs"), [(BlockedLinear, 300, 576), (TransposedLinear, 271, 128)]
+)
+def test_a_rows_result_does_not_depend_on_the_rows_beside_it(kind, outputs, inputs):
+    layer = kind(matrix(outputs, inputs))
+    x = matrix(16, inputs, 2)
     together = layer(x)
     for rows in (1, 2, 5, 16):
         assert mx.array_equal(layer(x[:rows]), together[:rows])
@@ -105,14 +131,22 @@ def test_layers_that_models_derive_and_small_ones_stay_what_they_are():
     assert model(mx.ones((1, 64))).dtype == mx.float32
 
 
-@pytest.mark.parametrize("is_blocked", [False, True])
-def test_a_model_says_the_same_however_its_weights_are_held(tmp_path: Path, is_blocked):
+@pytest.mark.parametrize(
+    ("kind", "how"),
+    [
+        (nn.Linear, Plan(is_float32=True)),
+        (TransposedLinear, Plan(is_float32=True, is_blocked=True, is_transposed=True)),
+        (BlockedLinear, Plan(is_float32=True, is_blocked=True, is_transposed=True)),
+    ],
+)
+def test_a_model_says_the_same_however_its_weights_are_held(tmp_path: Path, monkeypatch, kind, how):
+    monkeypatch.setattr(weights, "SMALL", 0 if kind is BlockedLinear else weights.SMALL)
     folder = tiny_models.build_random(tmp_path / "m", hidden=128)
     stored = load_weights(folder)
-    unpacked = load_weights(folder, Plan(is_float32=True, is_blocked=is_blocked))
+    unpacked = load_weights(folder, how)
     ids = mx.array([[3, 1, 4, 1, 5, 9, 2, 6]])
     assert mx.allclose(stored(ids), unpacked(ids), rtol=1e-3, atol=1e-3)
-    assert any(isinstance(m, BlockedLinear) for m in unpacked.modules()) is is_blocked
+    assert {type(m) for m in unpacked.modules()} & {nn.Linear, TransposedLinear, BlockedLinear} == {kind}
 
 
 @pytest.mark.parametrize(

@@ -10,10 +10,11 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from contextvars import ContextVar
 from datetime import UTC, datetime
+from types import TracebackType
 from typing import TypeAlias
 
 from opentelemetry import trace
@@ -71,6 +72,7 @@ class _Entry:
     __slots__ = (
         "_candidates",
         "_deltas_before",
+        "_ended_at",
         "_last",
         "_phase",
         "attempts",
@@ -87,8 +89,8 @@ class _Entry:
     )
 
     def __init__(self, call: Call[Request], watched: Watched, since: float, create_time: datetime) -> None:
-        self.watched: Watched | None = watched
-        """What its span notes. None once it has ended: it would keep the caller's stream alive."""
+        self.watched = watched
+        """What its span notes. Its span and its stream it lets go of when the request ends."""
         self.since = since
         self.create_time = create_time
         self.request_id = printable(call.request_id)[:_CHARACTERS]
@@ -103,13 +105,13 @@ class _Entry:
         self._phase: Phase = _ACTIVITY.PHASE_QUEUED
         self._deltas_before = 0
         self._candidates: list[fleet_pb2.Candidate] | None = None
-        self._last: fleet_pb2.RequestActivity | None = None
+        self._ended_at: float | None = None
+        self._last: fleet_pb2.RequestActivity | None = None  # made when somebody looks for the first time
 
     def move(self, phase: Phase) -> None:
         """Notes how far it is, until the next delta tells otherwise."""
         self._phase = phase
-        if self.watched is not None:
-            self._deltas_before = self.watched.delta_count
+        self._deltas_before = self.watched.delta_count
 
     def progress(self, progress: pb.Progress) -> None:
         """Notes what a backend, or the queue, says of it."""
@@ -119,7 +121,7 @@ class _Entry:
 
     def decide(self, decision: Decision) -> None:
         """Notes where the router sends it."""
-        if self.watched is None:
+        if self._ended_at is not None:
             return
         self.decision, self._candidates = decision, None
         if decision.chosen is not None:
@@ -139,28 +141,24 @@ class _Entry:
             self._phase = _ACTIVITY.PHASE_FAILED if is_failed else _ACTIVITY.PHASE_CANCELLED
         else:
             self._phase = _ACTIVITY.PHASE_SUCCEEDED
-        last = self._figures(now)
-        self.watched = None
-        last.phase = self._phase
-        last.error_reason = self.error_reason
-        self._last = last
+        self._ended_at = now
 
     @property
     def output_token_count(self) -> int:
         """Tokens of the reply so far."""
-        if self.watched is None:
-            return self._last.output_token_count if self._last is not None else 0
         return self.watched.output_token_count or self.watched.delta_count
 
     @property
     def continuation_count(self) -> int:
         """Times another backend went on with the reply."""
-        if self.watched is None:
-            return self._last.continuation_count if self._last is not None else 0
         return self.watched.continuation_count
 
     def to_proto(self, now: float) -> fleet_pb2.RequestActivity:
         """Returns it as it is now, with the decision behind it."""
+        if self._ended_at is not None and self._last is None:
+            self._last = self._figures(self._ended_at)
+            self._last.phase = self._phase
+            self._last.error_reason = self.error_reason
         shown = self._last if self._last is not None else self._figures(now)
         if self.decision is None:
             return shown
@@ -173,7 +171,6 @@ class _Entry:
     def _figures(self, now: float) -> fleet_pb2.RequestActivity:
         """Returns all but the decision."""
         watched = self.watched
-        assert watched is not None, "its figures are read until it ends"
         is_written = watched.first_delta is not None and watched.delta_count > self._deltas_before
         shown = _ACTIVITY(
             request_id=self.request_id,
@@ -238,6 +235,30 @@ class Watch:
         )
 
 
+class _Followed:
+    """A request in the record, for `with`."""
+
+    __slots__ = ("_activity", "_call", "_entry", "_token", "_watched")
+
+    def __init__(self, activity: Activity, call: Call[Request], watched: Watched) -> None:
+        self._activity = activity
+        self._call = call
+        self._watched = watched
+
+    def __enter__(self) -> None:
+        self._entry = self._activity.begin(self._call, self._watched)
+        self._token = _CURRENT.set(self._entry)
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, where: TracebackType | None
+    ) -> None:
+        _CURRENT.reset(self._token)
+        self._activity.end(self._entry, self._call, error)
+
+
+_UNRECORDED = nullcontext()
+
+
 class Activity:
     """The record of requests. It is told of what happens by the layers, from within a request's own context.
 
@@ -270,33 +291,25 @@ class Activity:
     def __repr__(self) -> str:
         return f"<Activity {len(self._active)} active, {self.ended_count} ended>"
 
-    @contextmanager
-    def follow(self, call: Call[Request], watched: Watched) -> Iterator[None]:
+    def follow(self, call: Call[Request], watched: Watched) -> AbstractContextManager[None]:
         """Records a request for the length of a `with` block.
 
         Args:
             call: the request.
             watched: what its span notes.
         """
-        if type(call.request) not in _OPERATIONS:
-            yield
-            return
+        return _Followed(self, call, watched) if type(call.request) in _OPERATIONS else _UNRECORDED
+
+    def begin(self, call: Call[Request], watched: Watched) -> _Entry:
+        """Takes a request in."""
         entry = _Entry(call, watched, self.clock(), self._now())
         watched.on_progress = entry.progress
         self._active[entry] = None
         self._totals.request_count += 1
-        token = _CURRENT.set(entry)
-        error: BaseException | None = None
-        try:
-            yield
-        except BaseException as raised:
-            error = raised
-            raise
-        finally:
-            _CURRENT.reset(token)
-            self._end(entry, call, error)
+        return entry
 
-    def _end(self, entry: _Entry, call: Call[Request], error: BaseException | None) -> None:
+    def end(self, entry: _Entry, call: Call[Request], error: BaseException | None) -> None:
+        """Notes how a request ended."""
         totals = self._totals
         del self._active[entry]
         totals.output_token_count += entry.output_token_count

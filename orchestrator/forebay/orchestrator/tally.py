@@ -32,6 +32,8 @@ class Tally:
     def admitted(self, admitted: Admitted) -> None:
         """The queue let a request run, or refused it."""
         self._record.admitted(admitted)
+        if not self._to.enabled:
+            return
         priority = {_PRIORITY: admitted.call.urgency.name.lower()}
         if admitted.failure is None:
             self._to.record(metrics.ADMISSION_WAIT, admitted.waited, priority)
@@ -41,6 +43,8 @@ class Tally:
     def decided(self, decision: Decision) -> None:
         """The router decided where an attempt goes."""
         self._record.decided(decision)
+        if not self._to.enabled:
+            return
         chosen = decision.chosen.name if decision.chosen else ""
         labels = {_BACKEND: chosen, "forebay.route.class": decision.traits.request_class}
         self._to.add(metrics.DECISIONS, labels)

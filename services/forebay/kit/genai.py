@@ -7,18 +7,20 @@ was answered is never among them, and no switch here adds it.
 from __future__ import annotations
 
 import time
-from collections.abc import Awaitable, Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Awaitable, Callable
+from contextlib import AbstractContextManager
+from functools import lru_cache
+from types import TracebackType
 
 from google.protobuf import duration_pb2
-from opentelemetry.trace import Span, SpanKind
+from opentelemetry.trace import INVALID_SPAN, Span, SpanKind
 
 from forebay.inference.v1 import inference_pb2 as pb
 from forebay.kit import metrics
 from forebay.kit.failure import printable
-from forebay.kit.metrics import Metrics
+from forebay.kit.metrics import Labels, Metrics
 from forebay.kit.pipeline import Call, Event, Request, Send
-from forebay.kit.spans import Ending, ending_of, traced
+from forebay.kit.spans import Attributes, ending_of, is_dropped, traced
 from forebay.kit.telemetry import Telemetry
 
 _OPERATIONS: dict[type[Request], str] = {
@@ -27,9 +29,9 @@ _OPERATIONS: dict[type[Request], str] = {
     pb.CountTokensRequest: "count_tokens",
 }
 _METHODS: dict[type[Request], str] = {
-    pb.GenerateRequest: "Generate",
-    pb.EmbedRequest: "Embed",
-    pb.CountTokensRequest: "CountTokens",
+    pb.GenerateRequest: "forebay.inference.v1.InferenceService/Generate",
+    pb.EmbedRequest: "forebay.inference.v1.InferenceService/Embed",
+    pb.CountTokensRequest: "forebay.inference.v1.InferenceService/CountTokens",
 }
 _STAGES = {
     pb.Progress.STAGE_QUEUED: "forebay.queued",
@@ -92,7 +94,8 @@ class Watched:
     def __init__(
         self, span: Span, send: Send | None = None, *, clock: Callable[[], float] = time.monotonic
     ) -> None:
-        self._span = span
+        self.span = span
+        """The span of the call."""
         self._send = send
         self._clock = clock
         self.began = clock()
@@ -132,6 +135,10 @@ class Watched:
             self.note(event)
         return self._send(event)
 
+    def release(self) -> None:
+        """Lets go of the span and of where events went. What was noted stays."""
+        self.span, self._send, self.on_progress = INVALID_SPAN, None, None
+
     def note(self, event: Event) -> None:
         """Notes an event."""
         if not isinstance(event, pb.GenerateResponse):
@@ -145,7 +152,7 @@ class Watched:
             if self.first_delta is None:
                 self.first_delta = self._last_delta
                 self._first_token_count = event.delta.token_count
-                self._span.add_event("forebay.first_delta")
+                self.span.add_event("forebay.first_delta")
         elif kind == "progress":
             self._progress(event.progress)
         elif kind == "started":
@@ -172,7 +179,7 @@ class Watched:
             if progress.stage == pb.Progress.STAGE_QUEUED
             else {}
         )
-        self._span.add_event(_STAGES[progress.stage], attributes)
+        self.span.add_event(_STAGES[progress.stage], attributes)
 
     def elapsed(self) -> float:
         """Seconds since the call began."""
@@ -198,7 +205,7 @@ class Watched:
 
     def describe(self) -> None:
         """Writes onto the span what is known of the answer."""
-        span = self._span
+        span = self.span
         if not span.is_recording():
             return
         if self.model:
@@ -229,10 +236,9 @@ class Watched:
                 span.set_attribute(f"forebay.{field.name.removesuffix('_duration')}.seconds", _seconds(value))
 
 
-@contextmanager
 def served(
     telemetry: Telemetry, span: Span, call: Call[Request], send: Send | None = None
-) -> Iterator[Watched]:
+) -> AbstractContextManager[Watched]:
     """Watches an answer at the edge of the process that serves it, and measures it.
 
     Args:
@@ -241,55 +247,69 @@ def served(
         call: what is asked for.
         send: where events go; None for a method with one answer, which is then noted.
     """
-    watched = Watched(span, send)
-    ending = Ending()
-    try:
-        yield watched
-    except BaseException as error:
-        ending = ending_of(error)
-        raise
-    finally:
-        watched.describe()
+    return _Served(telemetry, span, call, send)
+
+
+class _Served:
+    """A block in which an answer is watched."""
+
+    __slots__ = ("_call", "_telemetry", "_watched")
+
+    def __init__(self, telemetry: Telemetry, span: Span, call: Call[Request], send: Send | None) -> None:
+        self._telemetry = telemetry
+        self._call = call
+        self._watched = Watched(span, send)
+
+    def __enter__(self) -> Watched:
+        return self._watched
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, where: TracebackType | None
+    ) -> None:
+        self._watched.describe()
+        telemetry = self._telemetry
         if telemetry.metrics.enabled:
-            _record_served(telemetry.metrics, telemetry.provider, call, watched, ending)
+            _record_served(telemetry.metrics, telemetry.provider, self._call, self._watched, error)
 
 
 def _record_served(
-    found: Metrics, provider: str, call: Call[Request], watched: Watched, ending: Ending
+    found: Metrics, provider: str, call: Call[Request], watched: Watched, error: BaseException | None
 ) -> None:
     model = found.admit(watched.model) if watched.model else found.label(call.request.model)
-    of_model = {"gen_ai.provider.name": provider, "gen_ai.request.model": model}
-    name = {"gen_ai.operation.name": operation(call.request), **of_model}
-    found.record(metrics.REQUEST, watched.elapsed(), {**name, "error.type": ending.error_type})
+    of_operation = _of_operation(model, provider, operation(call.request), _error_type(error))
+    found.record(metrics.REQUEST, watched.elapsed(), of_operation)
     if watched.first_delta is not None:
-        found.record(metrics.FIRST_TOKEN, watched.first_delta, of_model)
+        found.record(metrics.FIRST_TOKEN, watched.first_delta, _of_model(model, provider))
     if (rate := watched.tokens_per_second) is not None and watched.finished is not None:
-        found.record(metrics.PER_TOKEN, 1 / rate, of_model)
-        found.record(metrics.RATE, rate, {"gen_ai.request.model": model})
+        found.record(metrics.PER_TOKEN, 1 / rate, _of_model(model, provider))
+        found.record(metrics.RATE, rate, _of_model(model))
     for degradation in watched.degradations:
         found.add(metrics.DEGRADATIONS, {"forebay.degradation": _degradation(degradation)})
     _count_tokens(found, model, watched)
 
 
+def _error_type(error: BaseException | None) -> str:
+    return "" if error is None else ending_of(error).error_type
+
+
 def _count_tokens(found: Metrics, model: str, watched: Watched) -> None:
-    label = {"gen_ai.request.model": model}
     if watched.output_token_count:
-        found.add(metrics.TOKENS, {**label, "gen_ai.token.type": "output"}, watched.output_token_count)
+        found.add(metrics.TOKENS, _of_model(model, kind="output"), watched.output_token_count)
     if watched.finished is None:
         return
     usage, timings = watched.finished.usage, watched.finished.timings
-    found.add(metrics.TOKENS, {**label, "gen_ai.token.type": "input"}, usage.prompt_token_count)
-    found.add(metrics.TOKENS, {**label, "gen_ai.token.type": "input_cached"}, usage.cached_token_count)
-    for result, is_so in (("hit", usage.cached_token_count > 0), ("miss", usage.cached_token_count == 0)):
-        # Both, so that a cache that never hits shows a share of 0 and not nothing.
-        found.add(metrics.CACHE, {"forebay.cache": "prefix", "forebay.cache.result": result}, int(is_so))
+    found.add(metrics.TOKENS, _of_model(model, kind="input"), usage.prompt_token_count)
+    found.add(metrics.TOKENS, _of_model(model, kind="input_cached"), usage.cached_token_count)
+    # Both, so that a cache that never hits shows a share of 0 and not nothing.
+    is_hit = usage.cached_token_count > 0
+    found.add(metrics.CACHE, _HIT, int(is_hit))
+    found.add(metrics.CACHE, _MISS, int(not is_hit))
     if timings.HasField("queue_duration"):
-        found.record(metrics.QUEUE_WAIT, _seconds(timings.queue_duration), label)
+        found.record(metrics.QUEUE_WAIT, _seconds(timings.queue_duration), _of_model(model))
     if timings.HasField("prefill_duration"):
-        found.record(metrics.PREFILL, _seconds(timings.prefill_duration), label)
+        found.record(metrics.PREFILL, _seconds(timings.prefill_duration), _of_model(model))
 
 
-@contextmanager
 def requested(
     telemetry: Telemetry,
     call: Call[Request],
@@ -297,7 +317,7 @@ def requested(
     *,
     framework: Callable[[str], str],
     clock: Callable[[], float] = time.monotonic,
-) -> Iterator[Watched]:
+) -> AbstractContextManager[Watched]:
     """Gives a request its span, which covers all attempts on it, and measures it.
 
     Args:
@@ -307,46 +327,77 @@ def requested(
         framework: returns the framework behind a backend.
         clock: gives the time in seconds.
     """
-    request = call.request
-    attributes: dict[str, str | bool | int | float] = {}
-    if telemetry.enabled:
-        attributes = request_attributes(request) | {"forebay.request.id": call.request_id}
-    name = f"{operation(request)} {model_name(request.model)}"
-    ending = Ending()
-    with traced(telemetry.tracer, name, SpanKind.CLIENT, attributes) as span:
-        watched = Watched(span, send, clock=clock)
+    return _Requested(telemetry, call, send, framework, clock)
+
+
+class _Requested:
+    """A block with the span of a request."""
+
+    __slots__ = ("_call", "_clock", "_framework", "_send", "_span", "_telemetry", "_watched")
+
+    def __init__(
+        self,
+        telemetry: Telemetry,
+        call: Call[Request],
+        send: Send,
+        framework: Callable[[str], str],
+        clock: Callable[[], float],
+    ) -> None:
+        self._telemetry = telemetry
+        self._call = call
+        self._send = send
+        self._framework = framework
+        self._clock = clock
+        self._span = traced(telemetry.tracer, SpanKind.CLIENT, self._describe)
+
+    def __enter__(self) -> Watched:
+        self._watched = Watched(self._span.__enter__(), self._send, clock=self._clock)
+        return self._watched
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, where: TracebackType | None
+    ) -> None:
         try:
-            yield watched
-        except BaseException as error:
-            ending = ending_of(error)
-            raise
+            self._tell(error)
         finally:
-            provider = framework(watched.backend) if watched.backend else PROVIDER
-            span.set_attribute("gen_ai.provider.name", provider)
-            watched.describe()
-            if telemetry.metrics.enabled:
-                _record_requested(telemetry.metrics, provider, call, watched, ending)
+            self._span.__exit__(kind, error, where)
+            self._watched.release()
+
+    def _tell(self, error: BaseException | None) -> None:
+        watched, found = self._watched, self._telemetry.metrics
+        if not (found.enabled or watched.span.is_recording()):
+            return
+        provider = self._framework(watched.backend) if watched.backend else PROVIDER
+        watched.span.set_attribute("gen_ai.provider.name", provider)
+        watched.describe()
+        if found.enabled:
+            _record_requested(found, provider, self._call, watched, error)
+
+    def _describe(self) -> tuple[str, Attributes]:
+        request = self._call.request
+        name = f"{operation(request)} {model_name(request.model)}"
+        return name, request_attributes(request) | {"forebay.request.id": self._call.request_id}
 
 
 def _record_requested(
-    found: Metrics, provider: str, call: Call[Request], watched: Watched, ending: Ending
+    found: Metrics, provider: str, call: Call[Request], watched: Watched, error: BaseException | None
 ) -> None:
     model = found.admit(watched.model) if watched.model else found.label(call.request.model)
-    of_model = {"gen_ai.provider.name": provider, "gen_ai.request.model": model}
-    name = {"gen_ai.operation.name": operation(call.request), **of_model}
-    found.record(metrics.OPERATION, watched.elapsed(), {**name, "error.type": ending.error_type})
+    name = operation(call.request)
+    found.record(
+        metrics.OPERATION, watched.elapsed(), _of_operation(model, provider, name, _error_type(error))
+    )
     if watched.first_delta is not None:
-        found.record(metrics.FIRST_CHUNK, watched.first_delta, of_model)
+        found.record(metrics.FIRST_CHUNK, watched.first_delta, _of_model(model, provider))
     if watched.finished is not None:
         usage = watched.finished.usage
-        found.record(metrics.USAGE, usage.prompt_token_count, {**name, "gen_ai.token.type": "input"})
-        found.record(metrics.USAGE, watched.output_token_count, {**name, "gen_ai.token.type": "output"})
+        found.record(metrics.USAGE, usage.prompt_token_count, _of_model(model, provider, name, "input"))
+        found.record(metrics.USAGE, watched.output_token_count, _of_model(model, provider, name, "output"))
 
 
-@contextmanager
 def attempted(
     telemetry: Telemetry, call: Call[Request], send: Send | None, *, backend: str, address: str
-) -> Iterator[Watched]:
+) -> AbstractContextManager[Watched]:
     """Gives one attempt on a backend or a worker its span, the parent of the span over there.
 
     Args:
@@ -356,35 +407,100 @@ def attempted(
         backend: who is asked.
         address: where it listens.
     """
-    method = f"forebay.inference.v1.InferenceService/{_METHODS[type(call.request)]}"
-    attributes: dict[str, str | int] = {}
-    if telemetry.enabled:
-        attributes = {
+    return _Attempted(telemetry, call, send, backend, address)
+
+
+class _Attempted:
+    """A block with the span of an attempt."""
+
+    __slots__ = ("_address", "_backend", "_call", "_send", "_span", "_telemetry", "_watched")
+
+    def __init__(
+        self, telemetry: Telemetry, call: Call[Request], send: Send | None, backend: str, address: str
+    ) -> None:
+        self._telemetry = telemetry
+        self._call = call
+        self._send = send
+        self._backend = backend
+        self._address = address
+        self._span = traced(telemetry.tracer, SpanKind.CLIENT, self._describe)
+
+    def __enter__(self) -> Watched:
+        self._watched = Watched(self._span.__enter__(), self._send)
+        return self._watched
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, where: TracebackType | None
+    ) -> None:
+        try:
+            self._tell(error)
+        finally:
+            self._span.__exit__(kind, error, where)
+
+    def _tell(self, error: BaseException | None) -> None:
+        watched, found = self._watched, self._telemetry.metrics
+        if not (found.enabled or watched.span.is_recording()):
+            return
+        code = "OK" if error is None else ending_of(error).code
+        watched.backend = ""  # the name over there is not always ours, which is on the span
+        watched.describe()
+        watched.span.set_attribute("rpc.response.status_code", code)
+        if found.enabled:
+            found.record(
+                metrics.CLIENT_CALL, watched.elapsed(), _of_attempt(self._method, code, self._backend)
+            )
+            if self._call.tried and code == "OK":
+                found.add(metrics.FALLBACKS, {"forebay.backend": self._backend})
+
+    @property
+    def _method(self) -> str:
+        return _METHODS[type(self._call.request)]
+
+    def _describe(self) -> tuple[str, Attributes]:
+        call = self._call
+        return self._method, {
             "rpc.system.name": "grpc",
-            "rpc.method": method,
+            "rpc.method": self._method,
             "gen_ai.request.model": model_name(call.request.model),
             "forebay.request.id": call.request_id,
             "forebay.attempt": len(call.tried) + 1,
-            "forebay.backend": backend,
-            **_place(address),
+            "forebay.backend": self._backend,
+            **_place(self._address),
         }
-    ending = Ending()
-    found = telemetry.metrics
-    with traced(telemetry.tracer, method, SpanKind.CLIENT, attributes) as span:
-        watched = Watched(span, send)
-        try:
-            yield watched
-        except BaseException as error:
-            ending = ending_of(error)
-            raise
-        finally:
-            watched.backend = ""  # the name over there is not always ours, which is on the span
-            watched.describe()
-            span.set_attribute("rpc.response.status_code", ending.code)
-            labels = {"rpc.method": method, "rpc.response.status_code": ending.code}
-            found.record(metrics.CLIENT_CALL, watched.elapsed(), {**labels, "forebay.backend": backend})
-            if call.tried and ending.code == "OK":
-                found.add(metrics.FALLBACKS, {"forebay.backend": backend})
+
+
+# Labels come from few values, and a call needs a dozen sets of them: each is made once. No one changes them.
+
+
+@lru_cache(maxsize=1024)
+def _of_attempt(method: str, code: str, backend: str) -> Labels:
+    return {"rpc.method": method, "rpc.response.status_code": code, "forebay.backend": backend}
+
+
+@lru_cache(maxsize=1024)
+def _of_model(model: str, provider: str = "", operation: str = "", kind: str = "") -> Labels:
+    """Returns the labels that are not empty."""
+    named = {
+        "gen_ai.operation.name": operation,
+        "gen_ai.provider.name": provider,
+        "gen_ai.request.model": model,
+        "gen_ai.token.type": kind,
+    }
+    return {name: value for name, value in named.items() if value}
+
+
+@lru_cache(maxsize=1024)
+def _of_operation(model: str, provider: str, operation: str, error_type: str) -> Labels:
+    return {**_of_model(model, provider, operation), "error.type": error_type}
+
+
+_HIT = {"forebay.cache": "prefix", "forebay.cache.result": "hit"}
+_MISS = {"forebay.cache": "prefix", "forebay.cache.result": "miss"}
+
+
+def is_watched(telemetry: Telemetry) -> bool:
+    """Whether anybody learns of what is watched within the span around: no span and no metric may need it."""
+    return telemetry.metrics.enabled or not is_dropped(telemetry.tracer)
 
 
 def _place(address: str) -> dict[str, str | int]:

@@ -292,6 +292,9 @@ DRAFTS = Metric(
 CATALOG = tuple(each for each in list(globals().values()) if isinstance(each, Metric))
 """Every metric, in the order of the docs."""
 
+Labels: TypeAlias = Mapping[str, str]
+"""Attributes of a measurement. They may be shared by many, so nobody changes them."""
+
 Samples: TypeAlias = Callable[[], Iterable[tuple[float, Mapping[str, str]]]]
 """Returns a gauge's values with their labels. It is called on a thread of its own, so it only reads."""
 
@@ -325,11 +328,11 @@ class Metrics:
         self._gauges: dict[Metric, list[Samples]] = {}
         self._models: set[str] = set()
 
-    def add(self, metric: Metric, labels: Mapping[str, str], value: int = 1) -> None:
+    def add(self, metric: Metric, labels: Labels, value: int = 1) -> None:
         """Adds to a counter."""
         self._counters[metric].add(value, labels)
 
-    def record(self, metric: Metric, value: float, labels: Mapping[str, str]) -> None:
+    def record(self, metric: Metric, value: float, labels: Labels) -> None:
         """Adds a value to a histogram."""
         self._histograms[metric].record(max(0.0, value), labels)
 

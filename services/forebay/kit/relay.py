@@ -17,6 +17,7 @@ from typing import TypeAlias, TypeVar
 import grpc
 import grpc.aio
 from grpc_status import rpc_status
+from opentelemetry import context as otel_context
 from opentelemetry import propagate
 
 from forebay.inference.v1 import inference_pb2 as pb
@@ -194,7 +195,8 @@ def lost(backend: str, how: str, *, committed: bool, cause: str = "") -> Failure
 
 def _metadata(call: Call[Request] | None, pairs: Pairs) -> grpc.aio.Metadata:
     trace: dict[str, str] = {}
-    propagate.inject(trace)
+    if otel_context.get_current():  # mostly there is none
+        propagate.inject(trace)
     caller = [] if call is None or not call.caller else [(CALLER_KEY, _ascii(call.caller))]
     return grpc.aio.Metadata(*pairs, *caller, *trace.items())
 

@@ -14,15 +14,17 @@ import itertools
 import logging
 import time
 import uuid
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
-from contextlib import asynccontextmanager
-from typing import Any, TypeVar, cast
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from contextvars import Token
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import grpc
 from google.protobuf.message import Message
 from grpc_status import rpc_status
 from opentelemetry import context as otel_context
 from opentelemetry import propagate, trace
+from opentelemetry.context import Context as OtelContext
 from opentelemetry.trace import SpanKind, Status, StatusCode
 
 from forebay.inference.v1 import inference_pb2 as pb
@@ -57,6 +59,9 @@ RequestT = TypeVar("RequestT", pb.GenerateRequest, pb.EmbedRequest, pb.CountToke
 AnswerT = TypeVar("AnswerT", bound=Message)
 
 _SILENT = kit_telemetry.off()
+
+_PROPAGATED = frozenset(propagate.get_global_textmap().fields)
+"""Metadata in which a trace comes along."""
 
 _GONE = (grpc.aio.InternalError, grpc.aio.UsageError, asyncio.InvalidStateError)
 """What a write raises when there is nobody to write to any more."""
@@ -132,10 +137,7 @@ class Edge:
         self.telemetry = telemetry or kit_telemetry.off()
         self.telemetry.metrics.observe(metrics.ACTIVE, lambda: [(inflight.count, {})])
 
-    @asynccontextmanager
-    async def serve(
-        self, context: Context, method: str, *, is_routine: bool = False
-    ) -> AsyncIterator[trace.Span]:
+    def serve(self, context: Context, method: str, *, is_routine: bool = False) -> Visit:
         """Wraps the work of one call: counts it, traces it and ends it with the right status.
 
         Args:
@@ -144,93 +146,164 @@ class Edge:
             is_routine: whether the mesh itself calls it every few seconds. It then has a span only where the
                 caller traces: a thousand traces of a question nobody asked would hide the others.
         """
-        metadata = {
-            key: value for key, value in context.invocation_metadata() or () if isinstance(value, str)
-        }
-        parent = propagate.extract(metadata)
-        is_silent = is_routine and not trace.get_current_span(parent).get_span_context().is_valid
-        telemetry = _SILENT if is_silent else self.telemetry
-        span = telemetry.tracer.start_span(
-            method,
-            context=parent,
-            kind=SpanKind.SERVER,
-            attributes={"rpc.system.name": "grpc", "rpc.method": method},
-            record_exception=False,
-            set_status_on_exception=False,
-        )
-        token = otel_context.attach(telemetry.attached(trace.set_span_in_context(span, parent)))
-        began = time.monotonic()
-        status = "OK"
-        counted = False
-        try:
-            try:
-                self.inflight.enter()
-                counted = True
-                yield span
-            except Failure as failure:
-                raise _left(context) or failure from failure
-            except (asyncio.CancelledError, grpc.aio.AbortError):
-                raise
-            except Exception as error:
-                if left := _left(context):
-                    raise left from error
-                logger.exception("%s failed through a fault of ours", method)
-                raise Internal(
-                    f"{type(error).__name__} in {method}: a fault of Forebay's own; its log has the details"
-                ) from error
-        except asyncio.CancelledError:
-            # Not an Exception, so the SDK would leave the span without a status.
-            status = "DEADLINE_EXCEEDED" if _is_late(context) else "CANCELLED"
-            span.set_attribute("error.type", status)
-            raise
-        except Failure as failure:
-            status = failure.code.name
-            span.set_attribute("error.type", failure.reason)
-            if spans.ending_of(failure).is_error:
-                span.set_status(Status(StatusCode.ERROR, failure.reason))
-            if isinstance(failure, CallerLeft):
-                raise asyncio.CancelledError from failure  # nobody is there to be told more
-            await context.abort_with_status(rpc_status.to_status(failure.to_status()))
-        finally:
-            span.set_attribute("rpc.response.status_code", status)
-            span.end()
-            self.telemetry.metrics.record(
-                metrics.SERVER_CALL,
-                time.monotonic() - began,
-                {"rpc.method": method, "rpc.response.status_code": status},
-            )
-            otel_context.detach(token)
-            if counted:
-                self.inflight.leave()
+        return Visit(self, context, method, is_routine)
 
-    @asynccontextmanager
-    async def judged(self) -> AsyncIterator[Callable[[bool], Awaitable[None]]]:
-        """Takes a call into the condition; gives what is to be told whether it waits for its turn."""
-        call = next(self._calls)
+    def judged(self) -> Judged:
+        """Takes a call into the condition, and takes whether it waits for its turn."""
+        return Judged(self, next(self._calls))
 
-        async def waits(is_waiting: bool) -> None:
-            if is_waiting:
-                self.condition.wait(call)
-            else:
-                self.condition.go_on(call)
-            await self._tell()
-
-        try:
-            yield waits
-            self.condition.end(failed=False)
-        except Failure as failure:
-            if failure.fault is Fault.BACKEND:
-                self.condition.end(failed=True)
-            raise
-        finally:
-            await waits(False)
-
-    async def _tell(self) -> None:
+    async def tell(self) -> None:
+        """Tells of the condition if it has changed."""
         now = (self.condition.is_busy, self.condition.is_degraded)
         if now != self._told:
             self._told = now
             if self.on_condition is not None:
                 await self.on_condition()
+
+
+class Visit:
+    """One call at the edge, for `async with`. See `Edge.serve`.
+
+    A class, and so is `Judged`: a generator costs more than most of what it would wrap here.
+    """
+
+    __slots__ = (
+        "_began",
+        "_context",
+        "_edge",
+        "_is_counted",
+        "_is_routine",
+        "_method",
+        "_token",
+        "metadata",
+        "span",
+    )
+
+    def __init__(self, edge: Edge, context: Context, method: str, is_routine: bool) -> None:
+        self._edge = edge
+        self._context = context
+        self._method = method
+        self._is_routine = is_routine
+        self._is_counted = False
+        self._token: Token[OtelContext] | None = None
+        self.span: trace.Span = trace.INVALID_SPAN
+        """The call's span."""
+        self.metadata: dict[str, str] = {}
+        """What the caller sent along, as far as it is text."""
+
+    async def __aenter__(self) -> Visit:
+        self.metadata = {
+            key: value for key, value in self._context.invocation_metadata() or () if isinstance(value, str)
+        }
+        self._trace()
+        self._began = time.monotonic()
+        try:
+            self._edge.inflight.enter()
+        except Failure as failure:
+            await self.__aexit__(type(failure), failure, failure.__traceback__)
+            raise
+        self._is_counted = True
+        return self
+
+    def _trace(self) -> None:
+        is_traced = not _PROPAGATED.isdisjoint(self.metadata)
+        parent = propagate.extract(self.metadata) if is_traced else OtelContext()
+        is_silent = self._is_routine and not trace.get_current_span(parent).get_span_context().is_valid
+        telemetry = _SILENT if is_silent else self._edge.telemetry
+        if not (is_traced or telemetry.enabled or telemetry.metrics.enabled):
+            return  # there is nothing to tell, nothing to pass on, and nobody to find
+        self.span = telemetry.tracer.start_span(
+            self._method,
+            context=parent,
+            kind=SpanKind.SERVER,
+            attributes={"rpc.system.name": "grpc", "rpc.method": self._method},
+            record_exception=False,
+            set_status_on_exception=False,
+        )
+        self._token = otel_context.attach(telemetry.attached(trace.set_span_in_context(self.span, parent)))
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, where: TracebackType | None
+    ) -> None:
+        status = "OK"
+        try:
+            if isinstance(error, asyncio.CancelledError):
+                # Not an Exception, so the SDK would leave the span without a status.
+                status = "DEADLINE_EXCEEDED" if _is_late(self._context) else "CANCELLED"
+                self.span.set_attribute("error.type", status)
+                return
+            if not isinstance(error, Exception) or isinstance(error, grpc.aio.AbortError):
+                return
+            failure = self._failure(error)
+            status = failure.code.name
+            self.span.set_attribute("error.type", failure.reason)
+            if spans.ending_of(failure).is_error:
+                self.span.set_status(Status(StatusCode.ERROR, failure.reason))
+            if isinstance(failure, CallerLeft):
+                raise asyncio.CancelledError from failure  # nobody is there to be told more
+            await self._context.abort_with_status(rpc_status.to_status(failure.to_status()))
+        finally:
+            self._leave(status)
+
+    def _failure(self, error: Exception) -> Failure:
+        """Returns what a call that raised this ends with."""
+        left = _left(self._context)
+        if left is not None:
+            left.__cause__ = error
+            return left
+        if isinstance(error, Failure):
+            return error
+        logger.error("%s failed through a fault of ours", self._method, exc_info=error)
+        failure = Internal(
+            f"{type(error).__name__} in {self._method}: a fault of Forebay's own; its log has the details"
+        )
+        failure.__cause__ = error
+        return failure
+
+    def _leave(self, status: str) -> None:
+        self.span.set_attribute("rpc.response.status_code", status)
+        self.span.end()
+        found = self._edge.telemetry.metrics
+        if found.enabled:
+            found.record(
+                metrics.SERVER_CALL,
+                time.monotonic() - self._began,
+                {"rpc.method": self._method, "rpc.response.status_code": status},
+            )
+        if self._token is not None:
+            otel_context.detach(self._token)
+        if self._is_counted:
+            self._edge.inflight.leave()
+
+
+class Judged:
+    """One call in the condition of its process, for `async with`. See `Edge.judged`."""
+
+    __slots__ = ("_call", "_edge")
+
+    def __init__(self, edge: Edge, call: int) -> None:
+        self._edge = edge
+        self._call = call
+
+    async def __aenter__(self) -> Judged:
+        return self
+
+    async def waits(self, is_waiting: bool) -> None:
+        """Takes in whether the call waits for its turn."""
+        if is_waiting:
+            self._edge.condition.wait(self._call)
+        else:
+            self._edge.condition.go_on(self._call)
+        await self._edge.tell()
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, where: TracebackType | None
+    ) -> None:
+        if error is None:
+            self._edge.condition.end(failed=False)
+        elif isinstance(error, Failure) and error.fault is Fault.BACKEND:
+            self._edge.condition.end(failed=True)
+        await self.waits(False)
 
 
 class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
@@ -256,41 +329,42 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
 
         async def send(event: Event) -> None:
             nonlocal sequence, is_waiting
-            numbered = cast("pb.GenerateResponse", event)
-            numbered.sequence = sequence
+            if TYPE_CHECKING:
+                assert isinstance(event, pb.GenerateResponse)
+            event.sequence = sequence
             sequence += 1
-            if is_waiting or numbered.HasField("progress"):
-                queued = numbered.progress.stage == pb.Progress.STAGE_QUEUED
+            if is_waiting or event.HasField("progress"):
+                queued = event.progress.stage == pb.Progress.STAGE_QUEUED
                 if queued != is_waiting:
                     is_waiting = queued
-                    await waits(queued)
+                    await judged.waits(queued)
             try:  # as in `write`, without another coroutine for each event
-                await context.write(numbered)
+                await context.write(event)
             except _GONE as error:
                 raise CallerLeft("the caller left") from error
 
         async with (
-            self._edge.serve(context, f"{INFERENCE_SERVICE}/Generate") as span,
-            self._edge.judged() as waits,
+            self._edge.serve(context, f"{INFERENCE_SERVICE}/Generate") as visit,
+            self._edge.judged() as judged,
         ):
-            call = self._call(request, context, span)
-            with genai.served(self._edge.telemetry, span, cast("Call[Request]", call), send) as watched:
+            call = self._call(request, context, visit)
+            with genai.served(self._edge.telemetry, visit.span, cast("Call[Request]", call), send) as watched:
                 await self._engine.generate(call, watched)
 
     async def Embed(self, request: pb.EmbedRequest, context: Context) -> pb.EmbedResponse:
         """Embeds a batch of texts."""
-        async with self._edge.serve(context, f"{INFERENCE_SERVICE}/Embed") as span, self._edge.judged():
-            call = self._call(request, context, span)
-            with genai.served(self._edge.telemetry, span, cast("Call[Request]", call)) as watched:
+        async with self._edge.serve(context, f"{INFERENCE_SERVICE}/Embed") as visit, self._edge.judged():
+            call = self._call(request, context, visit)
+            with genai.served(self._edge.telemetry, visit.span, cast("Call[Request]", call)) as watched:
                 answer = await self._engine.embed(call)
                 watched.note(answer)
                 return answer
 
     async def CountTokens(self, request: pb.CountTokensRequest, context: Context) -> pb.CountTokensResponse:
         """Counts the tokens of a conversation."""
-        async with self._edge.serve(context, f"{INFERENCE_SERVICE}/CountTokens") as span:
-            call = self._call(request, context, span)
-            with genai.served(self._edge.telemetry, span, cast("Call[Request]", call)) as watched:
+        async with self._edge.serve(context, f"{INFERENCE_SERVICE}/CountTokens") as visit:
+            call = self._call(request, context, visit)
+            with genai.served(self._edge.telemetry, visit.span, cast("Call[Request]", call)) as watched:
                 answer = await self._engine.count_tokens(call)
                 watched.note(answer)
                 return answer
@@ -300,10 +374,10 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
         async with self._edge.serve(context, f"{INFERENCE_SERVICE}/ListModels", is_routine=True):
             return await self._engine.list_models(request)
 
-    def _call(self, request: RequestT, context: Context, span: trace.Span) -> Call[RequestT]:
+    def _call(self, request: RequestT, context: Context, visit: Visit) -> Call[RequestT]:
         _refuse(validation.violations(request, model_required=self._model_required))
-        call = new_call(request, context)
-        span.set_attribute("forebay.request.id", call.request_id)
+        call = new_call(request, context, visit.metadata)
+        visit.span.set_attribute("forebay.request.id", call.request_id)
         return call
 
 
@@ -369,15 +443,15 @@ class ModelServicer(models_pb2_grpc.ModelServiceServicer):
             return await self._models.delete_model(request)
 
 
-def new_call(request: RequestT, context: Context) -> Call[RequestT]:
-    """Returns the call that a request and its context make."""
+def new_call(request: RequestT, context: Context, metadata: Mapping[str, str]) -> Call[RequestT]:
+    """Returns the call that a request, its context and what came along with it make."""
     remaining = cast("float | None", context.time_remaining())  # None without a deadline, whatever stubs say
     deadline = None if remaining is None else asyncio.get_running_loop().time() + remaining
     return Call(
         request=request,
         request_id=request.request_id or str(uuid.uuid4()),
         deadline=deadline,
-        caller=caller(context),
+        caller=_caller(context, metadata),
     )
 
 
@@ -388,12 +462,17 @@ def caller(context: Context) -> str:
     `forebay-caller` is not, so it only tells the callers behind one proof apart
     and can never be taken for another one's.
     """
-    claimed = proven = ""
-    for key, value in context.invocation_metadata() or ():
-        if key == CALLER_KEY and isinstance(value, str):
-            claimed = value
-        elif key == "authorization" and isinstance(value, str):
-            proven = f"token:{hashlib.sha256(value.encode()).hexdigest()[:16]}"
+    return _caller(
+        context,
+        {key: value for key, value in context.invocation_metadata() or () if isinstance(value, str)},
+    )
+
+
+def _caller(context: Context, metadata: Mapping[str, str]) -> str:
+    claimed = metadata.get(CALLER_KEY, "")
+    proven = ""
+    if (token := metadata.get("authorization")) is not None:
+        proven = f"token:{hashlib.sha256(token.encode()).hexdigest()[:16]}"
     for identity in context.peer_identities() or ():
         proven = f"certificate:{identity.decode('utf-8', 'replace')}"
         break

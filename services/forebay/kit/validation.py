@@ -70,7 +70,10 @@ def load_violations(request: models_pb.LoadModelRequest) -> list[Violation]:
         found.append(("context_token_count", "must be at least 1"))
     keep = request.keep_alive_duration
     if not (0 <= keep.seconds <= MAX_SECONDS and 0 <= keep.nanos < 1_000_000_000):
-        found.append(("keep_alive_duration", f"must be from 0s to {MAX_SECONDS}s"))
+        found.append(("keep_alive_duration", f"must be more than 0s and at most {MAX_SECONDS}s"))
+    elif request.HasField("keep_alive_duration") and not keep.seconds + keep.nanos:
+        # To some frameworks this is never and to others at once.
+        found.append(("keep_alive_duration", "must be more than 0; set `pinned` to keep the model for ever"))
     return found
 
 
@@ -86,16 +89,23 @@ def _violations(request: Request, *, model_required: bool) -> Iterator[Violation
     else:
         yield from _messages(request.messages)
         yield from _tools(request.tools)
-    yield from _routing(request.routing)
+    if request.HasField("routing"):
+        yield from _routing(request.routing)
 
 
 def _generate(request: pb.GenerateRequest) -> Iterator[Violation]:
     yield from _messages(request.messages)
-    yield from _sampling(request.sampling)
-    yield from _limits(request.limits)
-    yield from _tools(request.tools)
-    yield from _tool_choice(request)
-    yield from _output_format(request.output_format)
+    # Nothing is wrong with what is not set, and most requests set little.
+    if request.HasField("sampling"):
+        yield from _sampling(request.sampling)
+    if request.HasField("limits"):
+        yield from _limits(request.limits)
+    if request.tools:
+        yield from _tools(request.tools)
+    if request.HasField("tool_choice"):
+        yield from _tool_choice(request)
+    if request.HasField("output_format"):
+        yield from _output_format(request.output_format)
     if request.HasField("logprobs") and not 0 <= request.logprobs.top_logprob_count <= MAX_TOP_LOGPROBS:
         yield "logprobs.top_logprob_count", f"must be in [0, {MAX_TOP_LOGPROBS}]"
     yield from _options(request.backend_options)

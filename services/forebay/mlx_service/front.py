@@ -137,7 +137,9 @@ class MlxEngine:
         """Has the model loaded, saying so, and relays its worker's events."""
 
         async def waiting(residence: Residence) -> None:
-            await send(pb.GenerateResponse(progress=_loading(residence)))
+            fraction = self._supervisor.progress(residence)
+            progress = pb.Progress(stage=pb.Progress.STAGE_LOADING, fraction=fraction)
+            await send(pb.GenerateResponse(progress=progress))
 
         source = await self._source(call.request.model, embeds=False)
         async with self._worker(source, waiting) as (id_, worker):
@@ -193,7 +195,9 @@ class MlxEngine:
             )
 
         async def waiting(residence: Residence) -> None:
-            await send(models_pb.LoadModelResponse(progress=_load_progress(residence)))
+            fraction = self._supervisor.progress(residence)
+            progress = models_pb.LoadProgress(detail=residence.detail or "loading", fraction=fraction)
+            await send(models_pb.LoadModelResponse(progress=progress))
 
         id_, prepare = await self._source(request.model)
         was_loaded = self._supervisor.residence(id_).state is State.ACTIVE
@@ -462,22 +466,6 @@ def _for_worker(call: Call[RequestT], id_: str) -> RequestT:
     request.model = id_
     request.request_id = call.request_id
     return request
-
-
-def _loading(residence: Residence) -> pb.Progress:
-    progress = pb.Progress(stage=pb.Progress.STAGE_LOADING)
-    step = residence.step
-    if step is not None and step.total:
-        progress.fraction = min(1.0, step.done / step.total)
-    return progress
-
-
-def _load_progress(residence: Residence) -> models_pb.LoadProgress:
-    progress = models_pb.LoadProgress(detail=residence.detail or "loading")
-    step = residence.step
-    if step is not None and step.total:
-        progress.fraction = min(1.0, step.done / step.total)
-    return progress
 
 
 def _facts(described: pb.Model) -> pb.Model:

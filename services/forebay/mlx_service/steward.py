@@ -51,6 +51,9 @@ _FIT_TIMEOUT = 15.0
 _WISH_SECONDS = 10.0
 """Seconds that a worker keeps what a request asked for and has not used. The request is on its way there."""
 
+_ALMOST = 0.99
+"""Most of a load that is told before its worker says that it is done."""
+
 _DRIFT = 0.05
 """Change of a figure, as a share of it, that is worth dealing anew."""
 
@@ -159,6 +162,16 @@ class Steward:
         account = self.ledger.get(residence.id)
         if account is not None:
             account.pid, account.report, account.reserved = pid, None, 0
+
+    def arrived(self, model_id: str) -> float | None:
+        """Returns how much of a model that is being loaded is in memory, below 1; None is unknown.
+
+        It compares what the worker's process holds with what was estimated, so it may leap at the end.
+        """
+        account = self.ledger.get(model_id)
+        if account is None or not account.pid or account.is_loaded:
+            return None
+        return min(_ALMOST, self._used(account) / account.firm)
 
     async def settle(self, residence: Residence, worker: Worker) -> None:
         """Puts what was measured in the place of estimates, and tells a worker that has loaded its share."""

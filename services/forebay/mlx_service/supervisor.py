@@ -357,6 +357,13 @@ class Supervisor:
         """Returns the bytes that a model takes, or would take if it were loaded, its process included."""
         return self._steward.takes(model_id, weights)
 
+    def progress(self, residence: Residence) -> float | None:
+        """Returns how far a load is, from 0 to 1: its preparation, then its weights. None is unknown."""
+        step = residence.step
+        if step is not None:
+            return min(1.0, step.done / step.total) if step.total else None
+        return self._steward.arrived(residence.id) if residence.state is State.LOADING else None
+
     def memory(self) -> pb.Memory:
         """Describes the machine's memory and what the models take of it."""
         return self._steward.memory()

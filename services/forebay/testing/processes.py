@@ -59,9 +59,9 @@ class ServiceProcess:
         self._family: set[psutil.Process] = set()
         self._process: asyncio.subprocess.Process | None = None
         self.output = ""
-        """What it wrote to standard output so far."""
+        """What it wrote to standard output so far, since it was last started."""
         self.log = ""
-        """What it wrote to standard error so far."""
+        """What it wrote to standard error so far, since it was last started."""
         self.address = ""
         """Where it listens."""
 
@@ -102,6 +102,7 @@ class ServiceProcess:
 
     async def launch(self) -> None:
         """Starts the process and does not wait for it to listen."""
+        self.output = self.log = ""  # of an earlier run: what it said of its address is not true any more
         self._process = await asyncio.create_subprocess_exec(
             *self._command,
             stdin=asyncio.subprocess.PIPE,

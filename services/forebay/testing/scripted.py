@@ -637,8 +637,8 @@ class RawServicer(InferenceServicer):
         async def send(event: Event) -> None:
             await write(context, event)
 
-        async with self._edge.serve(context, f"{INFERENCE_SERVICE}/Generate") as span:
-            await self._engine.generate(self._call(request, context, span), send)
+        async with self._edge.serve(context, f"{INFERENCE_SERVICE}/Generate") as visit:
+            await self._engine.generate(self._call(request, context, visit), send)
 
 
 def raw(engine: ScriptedEngine) -> Register:

@@ -19,7 +19,7 @@ import asyncio
 import io
 import os
 import ssl
-from collections.abc import AsyncGenerator, AsyncIterator, Iterable, Mapping, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Iterable, Mapping
 from contextlib import AbstractContextManager, AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -41,7 +41,7 @@ from forebay.kit.failure import (
     StreamInterrupted,
     StreamStalled,
 )
-from forebay.kit.spans import traced
+from forebay.kit.spans import Attributes, traced
 from forebay.upstream.errors import UpstreamError, error_in, read_error
 from forebay.upstream.framing import LINE_LIMIT, LineSplitter, SseEvent, SseSplitter
 from forebay.upstream.values import JsonValue, dump, parse
@@ -441,17 +441,18 @@ class Upstream:
 
         It holds the path's template: an argument may be a name that nobody else should see.
         """
-        attributes: dict[str, str | bool | int | float | Sequence[str]] = {
-            "http.request.method": method,
-            "url.template": path,
-            "server.address": url.host or "",
-            "server.port": url.port or 0,
-            "forebay.backend": self._name,
-        }
+
+        def describe() -> tuple[str, Attributes]:
+            return f"{method} {path}", {
+                "http.request.method": method,
+                "url.template": path,
+                "server.address": url.host or "",
+                "server.port": url.port or 0,
+                "forebay.backend": self._name,
+            }
+
         # Not the current one: the block may be left by another task than entered it.
-        return traced(
-            telemetry.current().tracer, f"{method} {path}", SpanKind.CLIENT, attributes, is_current=False
-        )
+        return traced(telemetry.current().tracer, SpanKind.CLIENT, describe, is_current=False)
 
     async def _send(
         self, method: str, url: URL, *, json: object, first_byte: float | None, trace: Mapping[str, str]

@@ -10,8 +10,7 @@ from __future__ import annotations
 
 import logging
 import random
-from collections.abc import Iterator
-from contextlib import contextmanager
+from types import TracebackType
 
 from forebay.kit.failure import (
     BreakerOpen,
@@ -81,12 +80,19 @@ class Breakers:
         for breaker in (self.whole, *self._models.values()):
             breaker.heal()
 
-    @contextmanager
-    def admit(self, model: str) -> Iterator[None]:
+    def admit(self, model: str) -> Admission:
         """Admits a call for the length of a `with` block, and learns from how the block ends.
 
         Raises:
             BreakerOpen: another call is out that decides whether the backend works again.
+        """
+        return Admission(self, model)
+
+    def take(self, model: str) -> list[Permit]:
+        """Returns the permits of a call, of the whole backend first.
+
+        Raises:
+            BreakerOpen: there is none.
         """
         permits: list[Permit] = []
         for breaker in self.of(model):
@@ -99,18 +105,19 @@ class Breakers:
                     metadata={"backend": self._backend, "cause": breaker.reason},
                 )
             permits.append(permit)
-        try:
-            yield
-        except Failure as failure:
-            self._fail(model, permits, failure)
-            raise
-        else:
+        return permits
+
+    def end(self, model: str, permits: list[Permit], error: BaseException | None) -> None:
+        """Learns from how a call ended."""
+        if error is None:
             for permit in permits:
                 permit.succeed()
             self._succeed(model)
-        finally:
-            for permit in permits:  # told already, unless the call was broken off
-                permit.forget()
+            return
+        if isinstance(error, Failure):
+            self._fail(model, permits, error)
+        for permit in permits:  # told already, unless the call was broken off
+            permit.forget()
 
     def _succeed(self, model: str) -> None:
         self._models.pop(model, None)
@@ -150,3 +157,22 @@ class Breakers:
     def _is_open(self, model: str) -> bool:
         own = self._models.get(model)
         return own is not None and own.state is not BreakerState.CLOSED
+
+
+class Admission:
+    """A call that breakers let through, for `with`. See `Breakers.admit`."""
+
+    __slots__ = ("_breakers", "_model", "_permits")
+
+    def __init__(self, breakers: Breakers, model: str) -> None:
+        self._breakers = breakers
+        self._model = model
+        self._permits: list[Permit] = []
+
+    def __enter__(self) -> None:
+        self._permits = self._breakers.take(self._model)
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, where: TracebackType | None
+    ) -> None:
+        self._breakers.end(self._model, self._permits, error)

@@ -33,8 +33,22 @@ class Channel:
         Raises:
             BackendError: the backend met a fault of its own.
         """
+        request = call.request
+        metadata = self._credentials
         try:
-            await self._relay(call, send)
+            if isinstance(request, pb.GenerateRequest):
+                generate = cast("Call[pb.GenerateRequest]", call)
+                await relay_generate(
+                    self._stub.Generate, request, generate, send, self._backend, metadata=metadata
+                )
+            elif isinstance(request, pb.EmbedRequest):
+                vectors = await relay_unary(self._stub.Embed, request, call, self._backend, metadata=metadata)
+                await send(vectors)
+            else:
+                count = await relay_unary(
+                    self._stub.CountTokens, request, call, self._backend, metadata=metadata
+                )
+                await send(count)
         except Failure as failure:
             if failure.reason != Internal.reason or "backend" not in failure.metadata:
                 raise
@@ -42,18 +56,3 @@ class Channel:
             raise BackendError(
                 failure.message, metadata=failure.metadata, retry_after=failure.retry_after
             ) from failure
-
-    async def _relay(self, call: Call[Request], send: Send) -> None:
-        request = call.request
-        metadata = self._credentials
-        if isinstance(request, pb.GenerateRequest):
-            generate = cast("Call[pb.GenerateRequest]", call)
-            await relay_generate(
-                self._stub.Generate, request, generate, send, self._backend, metadata=metadata
-            )
-        elif isinstance(request, pb.EmbedRequest):
-            vectors = await relay_unary(self._stub.Embed, request, call, self._backend, metadata=metadata)
-            await send(vectors)
-        else:
-            count = await relay_unary(self._stub.CountTokens, request, call, self._backend, metadata=metadata)
-            await send(count)

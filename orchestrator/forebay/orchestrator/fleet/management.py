@@ -8,10 +8,15 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import TypeVar, cast
 
 import grpc.aio
+from opentelemetry import propagate
+from opentelemetry.trace import SpanKind
 
+from forebay.kit import telemetry
 from forebay.kit.engine import SendLoad, SendPull
 from forebay.kit.failure import BrokenStream
+from forebay.kit.genai import model_name
 from forebay.kit.relay import Pairs, failure_of, lost, relay_unary
+from forebay.kit.spans import Attributes, traced
 from forebay.models.v1 import models_pb2 as models_pb
 from forebay.models.v1 import models_pb2_grpc
 
@@ -54,11 +59,11 @@ class Management:
 
     async def load(self, request: models_pb.LoadModelRequest, send: SendLoad) -> None:
         """Loads a model."""
-        await self._stream(self._stub.LoadModel, request, send, last="loaded")
+        await self._stream(self._stub.LoadModel, request, send, name="LoadModel", last="loaded")
 
     async def pull(self, request: models_pb.PullModelRequest, send: SendPull) -> None:
         """Fetches a model."""
-        await self._stream(self._stub.PullModel, request, send, last="pulled")
+        await self._stream(self._stub.PullModel, request, send, name="PullModel", last="pulled")
 
     async def unload(self, model: str, *, force: bool) -> models_pb.UnloadModelResponse:
         """Removes a model from memory."""
@@ -86,10 +91,21 @@ class Management:
         request: Q,
         send: Callable[[A], Awaitable[None]],
         *,
+        name: str,
         last: str,
     ) -> None:
         """Passes events on until the last. A loss never cuts anything: asking again joins the work."""
-        with self._held():
+        rpc = f"forebay.models.v1.ModelService/{name}"
+
+        def describe() -> tuple[str, Attributes]:
+            return rpc, {
+                "rpc.system.name": "grpc",
+                "rpc.method": rpc,
+                "gen_ai.request.model": model_name(request.model),
+                "forebay.backend": self._backend,
+            }
+
+        with self._held(), traced(telemetry.current().tracer, SpanKind.CLIENT, describe):
             await self._relay(method, request, send, last=last)
 
     async def _relay(
@@ -100,7 +116,9 @@ class Management:
         *,
         last: str,
     ) -> None:
-        stream = method(request, metadata=grpc.aio.Metadata(*self._credentials))
+        trace: dict[str, str] = {}
+        propagate.inject(trace)
+        stream = method(request, metadata=grpc.aio.Metadata(*self._credentials, *trace.items()))
         is_done = False
         try:
             while not is_done:

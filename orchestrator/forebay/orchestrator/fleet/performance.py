@@ -10,6 +10,7 @@ stalled call says nothing of the next.
 from __future__ import annotations
 
 import math
+from bisect import bisect_left, insort
 from collections import OrderedDict, deque
 from collections.abc import Iterable, Mapping
 from itertools import pairwise
@@ -44,26 +45,32 @@ class Window:
         most: how many are kept.
     """
 
-    __slots__ = ("_sorted", "_span", "_values")
+    __slots__ = ("_most", "_sorted", "_span", "_values")
 
     def __init__(self, *, span: float, most: int) -> None:
         self._span = span
-        self._sorted: list[float] = []
-        self._values: deque[tuple[float, float]] = deque(maxlen=most)
+        self._most = most
+        self._sorted: list[float] = []  # kept in order, for every call adds one and is decided by a quantile
+        self._values: deque[tuple[float, float]] = deque()
 
     def __len__(self) -> int:
         return len(self._values)
 
     def add(self, at: float, value: float) -> None:
         """Takes a measurement."""
+        if len(self._values) >= self._most:
+            self._forget()
         self._values.append((at, value))
-        self._sorted.clear()
+        insort(self._sorted, value)
 
     def age(self, now: float) -> None:
         """Forgets what is too old."""
         while self._values and self._values[0][0] <= now - self._span:
-            self._values.popleft()
-            self._sorted.clear()
+            self._forget()
+
+    def _forget(self) -> None:
+        _, value = self._values.popleft()
+        del self._sorted[bisect_left(self._sorted, value)]
 
     def pairs(self, now: float) -> list[list[float]]:
         """Returns age and value of each, oldest first."""
@@ -71,14 +78,12 @@ class Window:
 
     def quantile(self, share: float) -> float | None:
         """Returns the value below which that share of them is; None if there is none."""
-        if not self._sorted:  # calls ask far more often than they change
-            self._sorted = sorted(value for _, value in self._values)
         values = self._sorted
         return values[max(0, math.ceil(share * len(values)) - 1)] if values else None
 
     def mean(self) -> float:
         """Returns the mean; 0.0 of nothing."""
-        return sum(value for _, value in self._values) / len(self._values) if self._values else 0.0
+        return sum(self._sorted) / len(self._sorted) if self._sorted else 0.0
 
 
 _FIRST_DELTAS = tuple(f"first_delta_{bound or 'more'}" for bound in BUCKETS)

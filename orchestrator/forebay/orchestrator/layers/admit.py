@@ -11,7 +11,7 @@ from opentelemetry import trace
 
 from forebay.inference.v1 import inference_pb2 as pb
 from forebay.kit.failure import Failure
-from forebay.kit.pipeline import Call, Event, Request, Send, Service
+from forebay.kit.pipeline import Call, Event, Request, Send, Service, Serving
 from forebay.orchestrator.admission import Admission, Outlook, Ticket, Turn
 
 NEWS_PERIOD = 0.5
@@ -77,7 +77,7 @@ class Admit:
     def __repr__(self) -> str:
         return f"<Admit {self._admission!r}>"
 
-    async def __call__(self, call: Call[Request], send: Send) -> None:
+    def __call__(self, call: Call[Request], send: Send) -> Serving:
         """Serves a call when it is its turn.
 
         Raises:
@@ -86,8 +86,12 @@ class Admit:
         """
         request = call.request
         if isinstance(request, pb.CountTokensRequest):
-            await self._inner(call, send)
-            return
+            return self._inner(call, send)
+        return self._serve(call, request, send)
+
+    async def _serve(
+        self, call: Call[Request], request: pb.GenerateRequest | pb.EmbedRequest, send: Send
+    ) -> None:
         moved = asyncio.Event()
         try:
             ticket = self._admission.arrive(

@@ -166,7 +166,7 @@ class _Attempts:
         self._send = send
         self._models = _models(call.request)
         self._left = fallback.most_attempts(call.request)
-        self._backoff = fallback.backoff()
+        self._backoff: Backoff | None = None  # most calls never wait
         self._failures: list[Failure] = []  # of attempts that reached a backend
         self._refusals: list[Failure] = []  # of the router, for want of a backend
         self._attempts: list[Attempt] = []
@@ -215,6 +215,7 @@ class _Attempts:
             (f.retry_after.total_seconds() for f in passing if f.retry_after is not None), default=0.0
         )
         # What a backend asks for is a floor, so jitter comes on top of it.
+        self._backoff = self._backoff or self._fallback.backoff()
         wait = asked + self._backoff.next()
         remaining = self._call.remaining()
         if asked > self._fallback.longest_wait or (remaining is not None and wait >= remaining):
@@ -278,7 +279,8 @@ def _after_commit(failure: Failure) -> Failure:
 
 
 def _models(request: Request) -> tuple[str, ...]:
-    return tuple(dict.fromkeys((request.model, *request.routing.fallback_models)))
+    others = request.routing.fallback_models
+    return tuple(dict.fromkeys((request.model, *others))) if others else (request.model,)
 
 
 def _with_model(call: Call[Request], model: str) -> Call[Request]:

@@ -7,7 +7,7 @@ from contextlib import AbstractAsyncContextManager
 from typing import TypeAlias
 
 from forebay.inference.v1 import inference_pb2 as pb
-from forebay.kit.pipeline import Call, Request, Send, Service
+from forebay.kit.pipeline import Call, Request, Send, Service, Serving
 from forebay.models.v1 import models_pb2 as models_pb
 from forebay.orchestrator.placement.placement import Tell
 
@@ -29,17 +29,19 @@ class Place:
         self._inner = inner
         self._held = held
 
-    async def __call__(self, call: Call[Request], send: Send) -> None:
+    def __call__(self, call: Call[Request], send: Send) -> Serving:
         """Serves a call.
 
         Raises:
             MemoryExhausted: there is no room for its model.
             ModelLoadFailed: its model cannot be loaded.
         """
+        if isinstance(call.request, pb.CountTokensRequest):
+            return self._inner(call, send)
+        return self._serve(call, send)
+
+    async def _serve(self, call: Call[Request], send: Send) -> None:
         request = call.request
-        if isinstance(request, pb.CountTokensRequest):
-            await self._inner(call, send)
-            return
 
         async def tell(event: models_pb.LoadModelResponse) -> None:
             progress = pb.Progress(stage=pb.Progress.STAGE_LOADING)

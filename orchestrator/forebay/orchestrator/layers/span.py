@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from forebay.kit import genai
-from forebay.kit.pipeline import Call, Request, Send, Service
+from forebay.kit.pipeline import Call, Request, Send, Service, Serving
 from forebay.kit.telemetry import Telemetry
 
 
@@ -26,8 +26,12 @@ class Span:
         self._backend = backend
         self._address = address
 
-    async def __call__(self, call: Call[Request], send: Send) -> None:
+    def __call__(self, call: Call[Request], send: Send) -> Serving:
         """Serves a call."""
+        # Most calls are not traced, and each of their events would be noted for nobody.
+        return self._serve(call, send) if genai.is_watched(self._telemetry) else self._inner(call, send)
+
+    async def _serve(self, call: Call[Request], send: Send) -> None:
         with genai.attempted(
             self._telemetry, call, send, backend=self._backend, address=self._address
         ) as watched:

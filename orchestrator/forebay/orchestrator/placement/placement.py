@@ -10,6 +10,9 @@ from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from typing import Protocol, TypeAlias
 
+from opentelemetry import context as otel_context
+from opentelemetry.context import Context
+
 from forebay.inference.v1 import inference_pb2 as pb
 from forebay.kit import metrics
 from forebay.kit.failure import BackendUnavailable, CapabilityUnsupported, Failure, ModelLoadFailed
@@ -109,6 +112,7 @@ class Placement:
         self._today = today
         self.ledger = Ledger(_Orders(self), clock=clock)
         self._ears: dict[Key, set[_Ear]] = {}
+        self._asked_in: dict[Key, Context] = {}
         self._requests: dict[Key, models_pb.LoadModelRequest] = {}  # of loads that were asked for by name
         self._cooldowns: dict[Key, _Cooldown] = {}
         self._blind: set[str] = set()  # backends that load and unload by themselves
@@ -300,6 +304,7 @@ class Placement:
         ear = _Ear()
         ears = self._ears.setdefault(key, set())
         ears.add(ear)
+        self._asked_in.setdefault(key, otel_context.get_current())
         waiter = self.ledger.ask(key, size, ear.end, pinned=pinned)
         if self.ledger.is_waiting(waiter):
             ear.event = _progress("waiting for room")
@@ -330,6 +335,7 @@ class Placement:
             ears.discard(ear)
             if not ears:
                 self._ears.pop(key, None)
+                self._asked_in.pop(key, None)
         return waiter.held, ear.event
 
     def _look_again(self, backend: str) -> None:
@@ -394,6 +400,8 @@ class Placement:
         request.model, request.backend = model, ""
         since = self._clock()
         size = 0
+        # What orders a load may be the end of another call, which made room. It belongs to who asked first.
+        otel_context.attach(self._asked_in.get(key, Context()))
 
         async def hear(event: models_pb.LoadModelResponse) -> None:
             nonlocal size

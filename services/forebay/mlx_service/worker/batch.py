@@ -10,6 +10,7 @@ import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from forebay.mlx_service.worker.decoding import Chances
 from forebay.mlx_service.worker.runtime import BatchGenerator, KVCache, make_prompt_cache, mx
 from forebay.mlx_service.worker.sampling import Array, Processor, Sampler
 
@@ -37,11 +38,11 @@ class Kept:
 
 @dataclass(frozen=True, slots=True)
 class Generated:
-    """A row has a new token. The log probabilities are evaluated and live on the engine's thread."""
+    """A row has a new token."""
 
     uid: int
     token: int
-    logprobs: Array
+    chances: Chances
     ended: str | None
     """None, or `stop` after an end token, or `length` after the last token allowed."""
     kept: Kept | None = None

@@ -2,7 +2,8 @@
 
 Only integers, floats and strings leave the thread. Callers live on an event
 loop: they hand in a `Row`, get a `Ticket`, and read from it what happens to
-the row. All that happened in one step reaches the loop in one hop.
+the row. All that happened in one step reaches the loop in one hop, and so
+does what happened in several where steps are shorter than anybody can see.
 
 A row's life is waiting, then reading its prompt, then writing, then over:
 
@@ -84,6 +85,10 @@ ROW_RETRIES = 2
 
 FREED_BYTES = 2 << 30
 """Freed memory that mlx may hold for the next step, where nothing is said. Unbound, it takes all there is."""
+
+JOIN_SECONDS = 0.008
+"""Time for which a token may be held so that it leaves with the next. Every hop takes the thread from the next
+step, and every message each process on the way. A reply's first token is never held, nor its end."""
 
 MEASURE_STEPS = 16
 """Steps between two looks at how much memory is in use."""
@@ -200,7 +205,7 @@ class EngineStats:
     steps: int
     """Steps so far."""
     last_step_age: float
-    """Seconds since the last step ended, while rows are live; else 0."""
+    """Seconds since the thread last showed that it moves, while rows wait or are live; else 0."""
     memory_bytes: int
     """Memory that mlx holds in use: weights, caches and temporaries."""
     faults: int
@@ -388,8 +393,11 @@ class Engine:
         self._preempted = 0
         self._count = 0
         self._outbox: list[tuple[Ticket, Happening]] = []
+        self._is_pressing = False
+        self._flushed_at = 0.0
         self._stopped = False
         self._steps = 0
+        self._step_seconds = 0.0
         self._faults = 0
         self._stepped_at = 0.0
         self._memory_bytes = 0
@@ -438,6 +446,8 @@ class Engine:
             ticket, len(row.tokens) + row.most, in_use=self._memory_bytes - kept, retry_after=wait
         )
         self._prefix_room = self._ledger.room_for_prefixes
+        if not self._outstanding:
+            self._stepped_at = time.monotonic()  # it was idle, and from now on it has to move
         self._outstanding += 1
         self._commands.put(partial(self._add, ticket))
         return ticket
@@ -445,7 +455,7 @@ class Engine:
     def stats(self) -> EngineStats:
         """Returns what the engine is doing."""
         live = len(self._live)
-        age = time.monotonic() - self._stepped_at if live else 0.0
+        age = time.monotonic() - self._stepped_at if live or self._outstanding else 0.0
         return EngineStats(
             live=live,
             waiting=len(self._queue) + len(self._again) + len(self._restored),
@@ -599,7 +609,8 @@ class Engine:
                 self._relieve()
                 if self._live:
                     self._step()
-                self._flush()
+                if not self._may_hold():
+                    self._flush()
         except BaseException as fatal:  # reported: the thread has nobody above it
             error = fatal
             if is_loaded:  # else `start` raises it
@@ -681,7 +692,7 @@ class Engine:
             _, written = self._lanes.step()
             longest = max(longest, time.monotonic() - began)
             if written:
-                self.vocabulary_size = int(written[0].logprobs.shape[-1])
+                self.vocabulary_size = int(written[0].chances.logits.shape[-1])
             if any(token.ended for token in written):
                 return longest
 
@@ -753,6 +764,7 @@ class Engine:
             except queue.Empty:
                 mx.clear_cache()
                 self._measure()
+                self._stepped_at = time.monotonic()
                 if restoring:
                     return
                 command = self._commands.get()
@@ -763,6 +775,7 @@ class Engine:
                 command = self._commands.get_nowait()
             except queue.Empty:
                 return
+            self._flush()  # nobody knows how long it takes
             command()
 
     def _add(self, ticket: Ticket) -> None:
@@ -919,6 +932,7 @@ class Engine:
         return [] if self._restoring is None else self._restoring.rows
 
     def _insert(self, live: _Live) -> None:
+        self._flush()  # reading a prompt takes long
         row = live.row
         prompt_count = len(row.tokens) - row.reply_count
         try:
@@ -953,12 +967,14 @@ class Engine:
             self._tell(live.ticket, Reading(live.cached, len(row.tokens), live.since, live.cached))
 
     def _step(self) -> None:
+        began = time.monotonic()
         try:
             read, written = self._lanes.step()
         except Exception as error:  # noqa: BLE001  # a fault of one row or of mlx must not end the others
             self._recover(error)
             return
         now = self._stepped_at = time.monotonic()
+        self._step_seconds = now - began
         self._steps += 1
         if self._steps % MEASURE_STEPS == 0:
             self._measure()
@@ -987,12 +1003,14 @@ class Engine:
             return
         live.suspect = False
         live.written.append(generated.token)
+        self._is_pressing |= len(live.written) == 1
         if generated.token not in self._end_tokens:
             logprob: float | None = None
             top: tuple[tuple[int, float], ...] = ()
             if live.row.top_logprobs is not None:
-                logprob = float(generated.logprobs[generated.token].item())
-                top = tuple(top_tokens(generated.logprobs, live.row.top_logprobs))
+                logprobs = generated.chances.logprobs()
+                logprob = float(logprobs[generated.token].item())
+                top = tuple(top_tokens(logprobs, live.row.top_logprobs))
             self._tell(
                 live.ticket,
                 Written(generated.token, now, logprob, top, generated.drafted, generated.accepted),
@@ -1036,11 +1054,19 @@ class Engine:
         self._tell(ticket, Over("failed", failure))
 
     def _tell(self, ticket: Ticket, happening: Happening) -> None:
+        self._is_pressing |= type(happening) is not Written
         self._outbox.append((ticket, happening))
+
+    def _may_hold(self) -> bool:
+        """Whether all that happened are tokens that can leave with those of the next step."""
+        leaves_at = self._stepped_at + self._step_seconds
+        return bool(self._live) and not self._is_pressing and leaves_at < self._flushed_at + JOIN_SECONDS
 
     def _flush(self) -> None:
         if self._outbox:
             news, self._outbox = self._outbox, []
+            self._is_pressing = False
+            self._flushed_at = time.monotonic()
             self._post(self._deliver, news)
 
     def _post(self, call: Callable[..., None], *arguments: object) -> None:

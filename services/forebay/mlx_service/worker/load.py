@@ -6,7 +6,8 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from forebay.kit.failure import ModelLoadFailed
-from forebay.mlx_service.worker.runtime import TokenizerWrapper, load_config, load_model, load_tokenizer
+from forebay.mlx_service.worker.runtime import TokenizerWrapper, load_config, load_model, load_tokenizer, mx
+from forebay.mlx_service.worker.turns import share_turns
 from forebay.mlx_service.worker.weights import STORED, Plan, unpack
 
 SPARE_TOKENS = 0.01
@@ -26,7 +27,9 @@ def load_weights(path: Path, how: Plan = STORED) -> object:
     try:
         model, _ = load_model(path, lazy=how.is_float32, strict=True, trust_remote_code=False)
         if how.is_float32:
-            unpack(model, is_blocked=how.is_blocked)
+            unpack(model, is_blocked=how.is_blocked, is_transposed=how.is_transposed)
+        if mx.default_device().type == mx.DeviceType.cpu:
+            share_turns(model)
     except Exception as error:
         raise _failed(path, "its weights", error) from error
     return model

@@ -123,7 +123,7 @@ async def _serve(options: argparse.Namespace, settings: ServerSettings, tracing:
     identity.start()
     how = STORED if options.shards else plan(options.cpu_weights, facts, ceiling=ceiling, blas=BLAS)
     if needs_plain_layers(folder for _, folder in options.adapter):
-        how = replace(how, is_blocked=False)
+        how = replace(how, is_blocked=False, is_transposed=False)
     if how.reason:
         log.info("%s: %s; matrix products by %s", options.model_id, how.reason, BLAS or "mlx's own library")
     service, models, engine, words = (

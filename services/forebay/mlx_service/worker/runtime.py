@@ -6,9 +6,11 @@ precautions are taken before the first import whichever module comes first.
 
 from __future__ import annotations
 
+import importlib
 import os
 import resource
-from importlib import import_module, metadata
+from importlib import metadata
+from typing import Any
 
 from forebay.mlx_service import blas
 from forebay.mlx_service.quick_import import FOLDER_VARIABLE, remembering
@@ -26,7 +28,7 @@ BLAS = blas.load()
 """What does matrix products in place of mlx's own library; None is mlx's own."""
 
 with remembering(os.environ.get(FOLDER_VARIABLE)):
-    import_module("transformers")  # mlx-lm will, and by then it is too late to make that quick
+    importlib.import_module("transformers")  # mlx-lm will, and by then it is too late to make that quick
 
 
 def _keep_limit(kind: int, limits: tuple[int, int]) -> None:
@@ -37,7 +39,6 @@ _setrlimit = resource.setrlimit
 resource.setrlimit = _keep_limit
 try:
     import mlx.core as mx
-    import mlx_lm.generate
     from mlx import nn
     from mlx.utils import tree_flatten
     from mlx_lm.generate import BatchGenerator, StopSequences, generation_stream
@@ -49,6 +50,7 @@ try:
         RotatingKVCache,
         make_prompt_cache,
     )
+    from mlx_lm.models.rope_utils import Llama3RoPE
     from mlx_lm.tokenizer_utils import TokenizerWrapper
     from mlx_lm.tuner.lora import LoRAEmbedding, LoRALinear
     from mlx_lm.utils import _get_classes as model_classes
@@ -56,9 +58,12 @@ try:
 finally:
     resource.setrlimit = _setrlimit
 
+# The package has a function of the same name in the module's place.
+generate: Any = importlib.import_module("mlx_lm.generate")
+
 # `BatchGenerator` wires the model's memory when it is made. Wired memory and more than one request
 # together have panicked macOS kernels; unwired memory has not, and costs nothing measurable.
-mlx_lm.generate.maybe_set_recommended_wired_limit = lambda: None
+generate.maybe_set_recommended_wired_limit = lambda: None
 
 # Caches grow by this many tokens. Growing by mlx-lm's 256 would make a row of a dozen tokens hold twenty
 # times what it needs; growing by 64 copies a cache once in 64 steps, each of which reads all of it anyway.
@@ -83,11 +88,13 @@ __all__ = [
     "BatchKVCache",
     "CacheList",
     "KVCache",
+    "Llama3RoPE",
     "LoRAEmbedding",
     "LoRALinear",
     "RotatingKVCache",
     "StopSequences",
     "TokenizerWrapper",
+    "generate",
     "generation_stream",
     "leave_thread",
     "load_adapters",

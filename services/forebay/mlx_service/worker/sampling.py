@@ -9,7 +9,7 @@ the batch, and goes on the same when the row is rebuilt or continued.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any, TypeAlias
@@ -79,17 +79,33 @@ def sampler(params: SamplingParams, *, position: int) -> Sampler:
     return _Seeded(likely, seed=params.seed, position=position)
 
 
-def sample_each(pick: Sampler, logprobs: Array) -> Array:
+def pick(samplers: Sequence[Sampler], logits: Array) -> Array:
+    """Picks a token for each row of logits, of shape [rows, vocabulary]."""
+    first = samplers[0]
+    if all(sample is _greedy for sample in samplers):
+        return _greedy(logits)  # the likeliest is the likeliest, whatever they all sum up to
+    logprobs = logits - mx.logsumexp(logits, axis=-1, keepdims=True)
+    if all(sample is first for sample in samplers):
+        return first(logprobs)
+    return mx.concatenate(
+        [
+            sample((logits if sample is _greedy else logprobs)[row : row + 1])
+            for row, sample in enumerate(samplers)
+        ]
+    )
+
+
+def pick_each(sample: Sampler, logits: Array) -> Array:
     """Picks a token for each of one row's next places, of shape [places, vocabulary], as if one by one."""
-    if isinstance(pick, _Seeded):  # each place has a key of its own
-        return mx.concatenate([pick(logprobs[i : i + 1]) for i in range(logprobs.shape[0])])
-    return pick(logprobs)
+    if isinstance(sample, _Seeded):  # each place has a key of its own
+        return mx.concatenate([pick([sample], logits[i : i + 1]) for i in range(logits.shape[0])])
+    return pick([sample], logits)
 
 
-def take_back(pick: Sampler, count: int) -> None:
+def take_back(sample: Sampler, count: int) -> None:
     """Takes the last draws back: their tokens came to nothing."""
-    if isinstance(pick, _Seeded):
-        pick.take_back(count)
+    if isinstance(sample, _Seeded):
+        sample.take_back(count)
 
 
 def processors(params: SamplingParams, *, prompt_count: int) -> list[Processor]:

@@ -28,10 +28,11 @@ from functools import partial
 
 from forebay.kit.failure import ModelLoadFailed
 from forebay.mlx_service.worker.batch import Generated, Kept, Prefilled, Taken, has_plain_caches
+from forebay.mlx_service.worker.decoding import Chances
 from forebay.mlx_service.worker.drafting import Drafter, DraftModel, PromptLookup
 from forebay.mlx_service.worker.memory import KvCost, probe
 from forebay.mlx_service.worker.runtime import BatchKVCache, KVCache, generation_stream, mx
-from forebay.mlx_service.worker.sampling import Array, Processor, Sampler, sample_each, take_back
+from forebay.mlx_service.worker.sampling import Array, Processor, Sampler, pick_each, take_back
 
 FIRST_GUESSES = 4
 """Tokens guessed at first. Doubled while all are right, halved when most are wrong."""
@@ -130,7 +131,7 @@ class Solo:
         draft = next(
             (found for drafter in self._drafters if (found := drafter.draft(self._tokens, most))), []
         )
-        picked, logprobs = self._check(draft)
+        picked, logits = self._check(draft)
         right = 0
         while right < len(draft) and picked[right] == draft[right]:
             right += 1
@@ -152,7 +153,7 @@ class Solo:
             Generated(
                 self.UID,
                 token,
-                logprobs[i],
+                Chances(logits, i),
                 reason if i == len(told) - 1 else None,
                 Kept(tuple(self._tokens[:-1]), self._caches) if reason and i == len(told) - 1 else None,
                 drafted=len(draft) if i == 0 else 0,
@@ -195,11 +196,10 @@ class Solo:
                         row = process(context, row)
                     rows.append(row)
                 logits = mx.concatenate(rows)
-            logprobs = logits - mx.logsumexp(logits, axis=-1, keepdims=True)
-            picked = sample_each(self._sampler, logprobs)
-            mx.eval(picked, logprobs)
+            picked = pick_each(self._sampler, logits)
+            mx.eval(picked, logits)
             tokens: list[int] = picked.tolist()
-            return tokens, logprobs
+            return tokens, logits
 
     def _adapt(self, right: int, guessed: int) -> None:
         if right == guessed:

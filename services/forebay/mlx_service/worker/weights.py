@@ -23,6 +23,10 @@ from forebay.mlx_service.worker.sampling import Array
 BLOCK = 64
 """Columns of a block: as many as the kernels for AVX-512 compute at once."""
 
+SMALL = 1 << 17
+"""Numbers in a matrix that stays in one piece: up to some eight rows, what it takes to put blocks together is
+more than what they save."""
+
 
 class CpuWeights(Enum):
     """How weights are to be held on a CPU."""
@@ -42,7 +46,9 @@ class Plan:
     is_float32: bool = False
     """Whether they are unpacked to float32."""
     is_blocked: bool = False
-    """Whether matrices are laid out in blocks of columns."""
+    """Whether large matrices are laid out in blocks of columns."""
+    is_transposed: bool = False
+    """Whether small matrices are laid out by columns."""
     byte_count: int = 0
     """Memory that they are expected to take."""
     reason: str = ""
@@ -70,7 +76,13 @@ def plan(choice: CpuWeights, facts: ModelFacts, *, ceiling: int, blas: Blas | No
         return stored  # Metal computes with every kind of weight as it is
     need = 4 * facts.parameter_count
     is_blocked = blas is not None and blas.has_small_kernels
-    unpacked = Plan(is_float32=True, is_blocked=is_blocked, byte_count=need, reason="weights held as float32")
+    unpacked = Plan(
+        is_float32=True,
+        is_blocked=is_blocked,
+        is_transposed=blas is not None,
+        byte_count=need,
+        reason="weights held as float32",
+    )
     if choice is CpuWeights.FLOAT32:
         if need > ceiling:
             raise ModelLoadFailed(
@@ -90,12 +102,13 @@ def plan(choice: CpuWeights, facts: ModelFacts, *, ceiling: int, blas: Blas | No
     return Plan(byte_count=facts.weight_bytes, reason=reason)
 
 
-def unpack(model: nn.Module, *, is_blocked: bool) -> None:
+def unpack(model: nn.Module, *, is_blocked: bool, is_transposed: bool = False) -> None:
     """Turns all weights of a model into float32, one layer after the other, so that few are there twice.
 
     Args:
         model: a model that may be loaded lazily.
-        is_blocked: whether matrices are laid out in blocks of columns.
+        is_blocked: whether large matrices are laid out in blocks of columns.
+        is_transposed: whether small ones are laid out by columns.
     """
     layers = [(name, layer) for name, layer in model.named_modules() if type(layer) in _MATRICES]
     for name, layer in layers:
@@ -104,7 +117,10 @@ def unpack(model: nn.Module, *, is_blocked: bool) -> None:
         bias = None if bias is None else bias.astype(mx.float32)
         is_rows = isinstance(layer, nn.Embedding | nn.QuantizedEmbedding)
         new: nn.Module
-        if is_blocked and min(weight.shape) >= BLOCK:
+        if min(weight.shape) < BLOCK or weight.size <= SMALL:
+            is_turned = is_transposed and not is_rows
+            new = TransposedLinear(weight, bias) if is_turned else _plain(weight, bias, is_rows=is_rows)
+        elif is_blocked:
             new = BlockedEmbedding(weight) if is_rows else BlockedLinear(weight, bias)
         else:
             new = _plain(weight, bias, is_rows=is_rows)
@@ -116,6 +132,35 @@ def unpack(model: nn.Module, *, is_blocked: bool) -> None:
     model.load_weights(list(others.items()), strict=False)
     mx.eval(model.parameters())
     mx.clear_cache()
+
+
+class TransposedLinear(nn.Module):  # type: ignore[misc]  # mlx has no types here
+    """A linear layer whose weights are laid out by columns, [inputs, outputs], as products read them.
+
+    Args:
+        weight: the matrix, [outputs, inputs].
+        bias: what is added, if anything.
+    """
+
+    def __init__(self, weight: Array, bias: Array | None = None) -> None:
+        super().__init__()
+        self.columns = mx.contiguous(weight.T)
+        if bias is not None:
+            self.bias = bias
+
+    @property
+    def weight(self) -> Array:
+        """The matrix as other layers have it, [outputs, inputs]."""
+        return self.columns.T
+
+    def __call__(self, x: Array) -> Array:
+        """Returns the layer's outputs."""
+        y = x @ self.columns
+        return y + self.bias if "bias" in self else y
+
+    def to_lora(self, r: int, scale: float, dropout: float) -> nn.Module:
+        """Returns this layer with an adapter's matrices beside it. mlx-lm asks for it by this name."""
+        return LoRALinear.from_base(self, r=r, scale=scale, dropout=dropout)
 
 
 class BlockedLinear(nn.Module):  # type: ignore[misc]  # mlx has no types here
