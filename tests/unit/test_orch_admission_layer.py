@@ -9,7 +9,7 @@ from collections import Counter
 import pytest
 
 from forebay.inference.v1 import inference_pb2 as pb
-from forebay.kit.failure import BackendError, QueueFull, QueueTimeout
+from forebay.kit.failure import BackendError, Failure, ModelNotFound, QueueFull, QueueTimeout
 from forebay.kit.pipeline import Call, Request, Send
 from forebay.orchestrator.admission import Admission
 from forebay.orchestrator.config import BackendSettings
@@ -96,6 +96,30 @@ async def test_who_waits_is_told_place_and_wait_and_every_change() -> None:
     assert rig.idle()
     assert [each.waited for each in rig.told] == [0.0, 0.0, 10.0, 20.0]
     assert repr(rig.layer) == "<Admit <Admission 0 running, queue 0/10>>"
+
+
+@virtual
+async def test_who_can_never_be_served_is_told_so_without_waiting_for_a_turn() -> None:
+    rig = Rig()
+    asked: list[str] = []
+
+    def foresee(call: Call[Request]) -> Failure | None:
+        asked.append(call.request.model)
+        return ModelNotFound("x") if call.request.model == "nosuch" else None
+
+    layer = Admit(rig.inner, admission=rig.admission, foresee=foresee)
+    async with asyncio.TaskGroup() as group:
+        group.create_task(serve(layer, ask(model="first")))
+        await asyncio.sleep(1.0)
+        group.create_task(serve(layer, ask(model="second")))
+        await asyncio.sleep(0)
+        with pytest.raises(ModelNotFound):
+            await serve(layer, ask(model="nosuch"))
+        assert now() == 1.0
+        assert rig.admission.waiting == 1
+    assert asked == ["second", "nosuch"], "who runs at once need not be asked about"
+    assert now() == 20.0
+    assert rig.idle()
 
 
 @virtual

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import random
 from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import replace
 from datetime import timedelta
 
 import pytest
@@ -34,7 +35,7 @@ from forebay.orchestrator.budget import RetryBudget
 from forebay.orchestrator.config import RetrySettings, ScorerWeights
 from forebay.orchestrator.layers.deadline import Deadline
 from forebay.orchestrator.layers.fallback import Fallback
-from forebay.orchestrator.layers.route import Route
+from forebay.orchestrator.layers.route import Route, foresee
 from forebay.orchestrator.routing.router import Router
 from forebay.orchestrator.routing.view import EndpointView
 from forebay.testing.calls import Sink, ask, serve
@@ -471,6 +472,25 @@ async def test_a_failure_names_its_backend() -> None:
 async def test_nobody_to_route_to_is_told() -> None:
     with pytest.raises(ModelNotFound):
         await serve(route(OneBackend()), ask(model="nosuch"))
+
+
+def test_only_what_the_caller_has_to_mend_is_foreseen() -> None:
+    fleet = OneBackend()
+    router = Router(weights=ScorerWeights(), picker="best", source=random.Random(0))
+
+    def foreseen(model: str, *others: str) -> Failure | None:
+        request = ask(model=model)
+        request.routing.fallback_models.extend(others)
+        return foresee(Call(request=request), fleet=fleet, router=router)
+
+    missing = foreseen("nosuch", "neither")
+    assert isinstance(missing, ModelNotFound)
+    assert missing.metadata["model"] == "nosuch"
+    assert foreseen("m") is None
+    assert foreseen("nosuch", "m") is None, "another model will do"
+    fleet.views = [replace(fleet.views[0], is_reachable=False)]
+    assert foreseen("m") is None, "it may be back by then"
+    assert foreseen("nosuch", "m") is None
 
 
 @virtual

@@ -34,7 +34,7 @@ from forebay.orchestrator.layers.guard import Guard
 from forebay.orchestrator.layers.hedge import FirstDeltas, Hedge
 from forebay.orchestrator.layers.place import Held, Place
 from forebay.orchestrator.layers.remember import Remember
-from forebay.orchestrator.layers.route import Fleet, Route
+from forebay.orchestrator.layers.route import Fleet, Route, foresee
 from forebay.orchestrator.layers.span import Span
 from forebay.orchestrator.layers.verify import Judge, Verify
 from forebay.orchestrator.replies import Store
@@ -141,7 +141,13 @@ def request_stack(
         ),
         *caching,
         # Above Fallback, so that a call keeps its place over its attempts.
-        lambda inner: Admit(inner, admission=admission, pool=pool, on_admitted=tally.admitted),
+        lambda inner: Admit(
+            inner,
+            admission=admission,
+            pool=pool,
+            foresee=lambda call: foresee(call, fleet=fleet, router=router),
+            on_admitted=tally.admitted,
+        ),
         # Above Continue, so that it sees the reply as the caller does, spliced or not.
         lambda inner: Verify(inner, judge=judge),
         # Above Fallback, so that whoever goes on with a broken reply is found as anyone is, with attempts and

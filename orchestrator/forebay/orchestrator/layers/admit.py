@@ -57,6 +57,8 @@ class Admit:
         inner: the service to protect.
         admission: decides who goes next.
         pool: returns the pool that calls for a model belong to. Unset, each name is one.
+        foresee: asked once of each call that has to wait; returns how it would fail at its turn, whatever
+            happens until then, or None.
         on_admitted: told once of each call that the queue let run or refused, for metrics.
     """
 
@@ -66,11 +68,13 @@ class Admit:
         *,
         admission: Admission,
         pool: Callable[[str], str] = lambda model: model,
+        foresee: Callable[[Call[Request]], Failure | None] = lambda call: None,
         on_admitted: Callable[[Admitted], None] | None = None,
     ) -> None:
         self._inner = inner
         self._admission = admission
         self._pool = pool
+        self._foresee = foresee
         self._on_admitted = on_admitted
         self._typical = _TYPICAL_REPLY
 
@@ -83,6 +87,7 @@ class Admit:
         Raises:
             QueueFull: there is no room to wait in.
             QueueTimeout: its turn would come after its deadline.
+            Failure: it would have to wait, and nobody could serve it then.
         """
         request = call.request
         if isinstance(request, pb.CountTokensRequest):
@@ -110,6 +115,8 @@ class Admit:
         waited = 0.0
         try:
             if ticket.turn is not Turn.RUNNING:
+                if (hopeless := self._foresee(call)) is not None:
+                    raise hopeless
                 clock = asyncio.get_running_loop().time
                 since = clock()
                 await self._wait(ticket, call, send, moved)

@@ -8,7 +8,14 @@ from typing import Protocol
 from opentelemetry import trace
 
 from forebay.inference.v1 import inference_pb2 as pb
-from forebay.kit.failure import BackendUnavailable, BrokenStream, Failure, StreamInterrupted, WrongModel
+from forebay.kit.failure import (
+    BackendUnavailable,
+    BrokenStream,
+    Failure,
+    Fault,
+    StreamInterrupted,
+    WrongModel,
+)
 from forebay.kit.pipeline import Call, Event, Request, Resumption, Send, Service
 from forebay.orchestrator.routing.affinity import Affinity
 from forebay.orchestrator.routing.filters import can
@@ -93,6 +100,30 @@ class Route:
             raise
         if self._affinity is not None and decision.chain:
             self._affinity.note(call.caller, chosen.name, decision.chain)
+
+
+def foresee(call: Call[Request], *, fleet: Fleet, router: Router) -> Failure | None:
+    """Returns how a call fails that nobody can serve, however long it waits. None if somebody may.
+
+    Only what the caller has to mend is told so soon, such as a misspelt model: a backend that is away may be
+    back by the call's turn.
+    """
+    request = call.request
+    found: Failure | None = None
+    for model in dict.fromkeys((request.model, *request.routing.fallback_models)):
+        asked = request
+        if model != request.model:
+            asked = type(request)()
+            asked.CopyFrom(request)  # type: ignore[arg-type]  # both are of one type, which the union hides
+            asked.model = model
+        decision = router.decide(asked, fleet.snapshot(), tried=call.tried, caller=call.caller)
+        if decision.chosen is not None:
+            return None
+        failure = decision.failure()
+        if failure.fault is not Fault.CALLER:
+            return None
+        found = found or failure
+    return found
 
 
 class _Check:
