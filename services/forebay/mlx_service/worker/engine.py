@@ -87,7 +87,7 @@ FREED_BYTES = 2 << 30
 """Freed memory that mlx may hold for the next step, where nothing is said. Unbound, it takes all there is."""
 
 JOIN_SECONDS = 0.008
-"""Time for which a token may be held so that it leaves with the next. Every hop keeps the thread from its next
+"""Time for which a token may be held so that it leaves with the next. A hop keeps the thread from its next
 step, and every message each process on the way. A reply's first token is never held, nor its end."""
 
 MEASURE_STEPS = 16
