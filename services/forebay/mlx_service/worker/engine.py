@@ -87,7 +87,7 @@ FREED_BYTES = 2 << 30
 """Freed memory that mlx may hold for the next step, where nothing is said. Unbound, it takes all there is."""
 
 JOIN_SECONDS = 0.008
-"""Time for which a token may be held so that it leaves with the next. Every hop takes the thread from the next
+"""Time for which a token may be held so that it leaves with the next. A hop keeps the thread from its next
 step, and every message each process on the way. A reply's first token is never held, nor its end."""
 
 MEASURE_STEPS = 16
@@ -394,10 +394,9 @@ class Engine:
         self._count = 0
         self._outbox: list[tuple[Ticket, Happening]] = []
         self._is_pressing = False
-        self._flushed_at = 0.0
         self._stopped = False
         self._steps = 0
-        self._step_seconds = 0.0
+        self._step_seconds = self._flushed_at = 0.0
         self._faults = 0
         self._stepped_at = 0.0
         self._memory_bytes = 0
