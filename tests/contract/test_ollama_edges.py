@@ -1027,6 +1027,19 @@ async def test_a_prompt_that_was_cut_all_the_same_is_noticed(fake: FakeOllama, e
     assert "part of the conversation" in failure.message
 
 
+@pytest.mark.parametrize(("version", "told"), [("0.29.0", (0, 7)), ("0.30.0", (3, 7))])
+async def test_a_count_that_leaves_out_what_was_cached_is_not_told(
+    version: str, told: tuple[int, int]
+) -> None:
+    async with FakeOllama([*MODELS], version=version) as fake, bridge(fake) as engine:
+        counts = []
+        for count in (3, 7):
+            fake.script("/api/chat", lines(chunk("a"), {**end(), "prompt_eval_count": count}))
+            sink = await say(engine, ask("one two three four five six", model=MODEL))
+            counts.append(finished(sink).usage.prompt_token_count)
+    assert tuple(counts) == told
+
+
 async def test_a_reply_that_fills_the_context_ends_with_length(fake: FakeOllama) -> None:
     async with bridge(fake, models={"llama3.2": {"num_ctx": 16}}) as engine:
         sink = await say(engine, ask("one two three four five six seven eight", model=MODEL))

@@ -273,6 +273,7 @@ class OllamaEngine:
             backend=self._name,
             wants_logprobs="logprobs" in plan.body,
             splits_reasoning=not version.thinks,
+            least_prompt_tokens=0 if version.counts_cached else plan.words,
         )
 
         async def waiting() -> None:

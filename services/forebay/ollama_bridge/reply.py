@@ -25,11 +25,21 @@ class Reply:
         backend: the backend's name, for messages.
         wants_logprobs: whether log probabilities were asked for.
         splits_reasoning: whether reasoning comes inside the text, as old servers send it.
+        least_prompt_tokens: what the prompt certainly has, where the server may leave those out of its count
+            that it found in its cache, as old servers do. A smaller count is passed on as not known.
     """
 
-    def __init__(self, *, backend: str, wants_logprobs: bool = False, splits_reasoning: bool = False) -> None:
+    def __init__(
+        self,
+        *,
+        backend: str,
+        wants_logprobs: bool = False,
+        splits_reasoning: bool = False,
+        least_prompt_tokens: int = 0,
+    ) -> None:
         self._backend = backend
         self._wants_logprobs = wants_logprobs
+        self._least_prompt_tokens = least_prompt_tokens
         self._splitter = ThinkSplitter(tags=TAGS[:1]) if splits_reasoning else None
         self._tools = ToolCalls(backend=backend)
         self._held: list[pb.TokenLogprob] = []
@@ -87,9 +97,12 @@ class Reply:
         reason = _REASONS.get(said, pb.FINISH_REASON_UNSPECIFIED)
         if len(self._tools) and reason != pb.FINISH_REASON_LENGTH:
             reason = pb.FINISH_REASON_TOOL_CALLS
+        read = self.prompt_tokens
+        if read < self._least_prompt_tokens:
+            read = 0
         return pb.Finished(
             reason=reason,
-            usage=pb.Usage(prompt_token_count=self.prompt_tokens, output_token_count=produced),
+            usage=pb.Usage(prompt_token_count=read, output_token_count=produced),
             timings=pb.Timings(
                 queue_duration=_seconds(queued),
                 load_duration=_seconds(loaded) if loaded else _nanoseconds(self._last, "load_duration"),
