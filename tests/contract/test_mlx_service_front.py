@@ -73,8 +73,8 @@ class Rig:
     def journal(self, model: str = "m") -> list[dict]:
         return [json.loads(line) for line in (self.models / model / "journal").read_text().splitlines()]
 
-    async def load(self, model: str = "m") -> None:
-        async for _ in self.manage.LoadModel(models_pb.LoadModelRequest(model=model)):
+    async def load(self, model: str = "m", **more) -> None:
+        async for _ in self.manage.LoadModel(models_pb.LoadModelRequest(model=model, **more)):
             pass
 
     async def generate(self, model: str = "m", **more) -> list[pb.GenerateResponse]:
@@ -680,6 +680,33 @@ async def test_an_adapter_that_is_loaded_by_name_gets_its_memory_as_a_reply_does
             assert from_rpc_error(caught.value, backend="mlx").reason == "MEMORY_EXHAUSTED"
         assert rig.supervisor.residence("idle").state is (State.AVAILABLE if fits else State.ACTIVE)
         assert rig.supervisor.residence("m").state is State.ACTIVE
+
+
+async def test_an_adapter_that_is_loaded_leaves_its_base_as_it_is_kept(tmp_path):
+    adapters = [{"name": "small", "path": tmp_path / "small", "base": "m"}]
+    async with front(tmp_path, adapters=adapters, keep_alive="1h") as rig:
+        await rig.load("m", context_token_count=512, keep_alive_duration=Duration(seconds=60), pinned=True)
+        base = rig.supervisor.residence("m")
+        worker, kept = base.worker, (512, 60.0, True)
+        await rig.load("small")
+        assert base.worker is worker
+        options = base.options
+        assert (options.context_token_count, options.keep_alive, options.pinned) == kept
+        await rig.load("small", keep_alive_duration=Duration(seconds=90))
+        assert (base.worker, base.options.keep_alive, base.options.pinned) == (worker, 90.0, True)
+        await rig.load("small", context_token_count=256)
+        assert base.worker not in (None, worker)
+        assert (base.options.context_token_count, base.options.keep_alive) == (256, 90.0)
+        await rig.load("m", context_token_count=256)  # by its own name it is kept as the settings say
+        assert (base.options.keep_alive, base.options.pinned) == (3600.0, False)
+
+
+async def test_an_adapter_that_brings_its_base_along_keeps_it_as_is_asked(tmp_path):
+    adapters = [{"name": "small", "path": tmp_path / "small", "base": "m"}]
+    async with front(tmp_path, adapters=adapters, keep_alive="1h") as rig:
+        await rig.load("small", pinned=True)
+        options = rig.supervisor.residence("m").options
+        assert (options.context_token_count, options.keep_alive, options.pinned) == (None, 3600.0, True)
 
 
 # The program.

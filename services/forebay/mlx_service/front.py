@@ -7,6 +7,7 @@ import contextlib
 import logging
 import shutil
 from collections.abc import AsyncIterator
+from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
 from typing import TypeVar, cast
@@ -110,7 +111,7 @@ class MlxEngine:
             try:
                 id_, prepare = await self._source(name)
                 await self._supervisor.load(
-                    id_, prepare, _no_one, self._options(id_, models_pb.LoadModelRequest())
+                    id_, prepare, _no_one, self._options(id_, models_pb.LoadModelRequest(model=name))
                 )
                 if (adapter := self._companions.adapter(name)) is not None:
                     await self._load_adapter(adapter, (id_, prepare), _ignore)
@@ -401,17 +402,25 @@ class MlxEngine:
         return await self._fetches.join(id_, lambda report: pull_from_hub(id_, self._hub_cache, report), tell)
 
     def _options(self, id_: str, request: models_pb.LoadModelRequest) -> Options:
-        keep_alive = self._settings.keep_alive
+        """How a model is to be kept: as is asked, and else as the settings say.
+
+        An adapter joins its base model where that is in memory, and then changes only what is asked.
+        """
+        residence = self._supervisor.residence(id_)
+        if residence.kept and self._companions.adapter(request.model) is not None:
+            options = replace(residence.options)
+        else:
+            options = Options(
+                context_token_count=self._settings.context_token_count,
+                keep_alive=self._settings.keep_alive.total_seconds(),
+                pinned=self._settings.pins(id_),
+            )
         if request.HasField("keep_alive_duration"):
-            keep_alive = request.keep_alive_duration.ToTimedelta()
-        context = self._settings.context_token_count
+            options.keep_alive = request.keep_alive_duration.ToTimedelta().total_seconds()
         if request.HasField("context_token_count"):
-            context = request.context_token_count
-        return Options(
-            context_token_count=context,
-            keep_alive=keep_alive.total_seconds(),
-            pinned=request.pinned or self._settings.pins(id_),
-        )
+            options.context_token_count = request.context_token_count
+        options.pinned = options.pinned or request.pinned
+        return options
 
     async def _describe(self, entry: Entry) -> pb.Model:
         """Returns a model as it is now: what its folder says, corrected by what its worker says."""
