@@ -70,6 +70,7 @@ def target_at(address: str) -> Target:
                 pb.CAPABILITY_CONTINUE,
                 pb.CAPABILITY_COUNT_TOKENS,
                 pb.CAPABILITY_TOKEN_IDS,
+                pb.CAPABILITY_STOP_TOKEN_IDS,
             }
         ),
         context_token_count=CONTEXT,

@@ -1178,6 +1178,9 @@ async def test_what_ollama_lacks_is_refused_or_told(fake: FakeOllama, engine: Ol
     def biased(request: pb.GenerateRequest) -> None:
         request.sampling.logit_bias[3] = 1.0
 
+    def stopping(request: pb.GenerateRequest) -> None:
+        request.limits.stop_token_ids.append(2)
+
     def lark(request: pb.GenerateRequest) -> None:
         request.output_format.lark_grammar = "start: /a/"
 
@@ -1187,6 +1190,7 @@ async def test_what_ollama_lacks_is_refused_or_told(fake: FakeOllama, engine: Ol
 
     for change, path in (
         (biased, "sampling.logit_bias"),
+        (stopping, "limits.stop_token_ids"),
         (lark, "output_format.lark_grammar"),
         (required, "tool_choice"),
     ):

@@ -962,13 +962,16 @@ async def test_what_a_generic_server_may_ignore_is_refused_or_told(
     request = ask(model="m")
     request.sampling.top_k = 5
     request.include_token_ids = True
+    request.limits.stop_token_ids.append(2)
     request.output_format.regex = "a+"
     kinds = (pb.DEGRADATION_KIND_OPTION_IGNORED, pb.DEGRADATION_KIND_FORMAT_NOT_ENFORCED)
     for kind in kinds:
         await failing(engine, CapabilityUnsupported, request)
         request.accepted_degradations.append(kind)
     told = started(await generate(engine, request)).degradations
-    assert [d.field for d in told] == ["sampling.top_k", "output_format.regex", "include_token_ids"]
+    assert [d.field for d in told] == [
+        *("sampling.top_k", "limits.stop_token_ids", "output_format.regex", "include_token_ids"),
+    ]
     assert "top_k" not in server.bodies()[0]
     request.continue_from.text = "so far"
     await failing(engine, CapabilityUnsupported, request)

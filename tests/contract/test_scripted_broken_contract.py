@@ -130,6 +130,7 @@ BROKEN: list[tuple[str, Callable[[], Lying]]] = [
     ("a_required_tool_is_called_or_refused", lambda: Lying(ask=refuse)),
     ("log_probabilities_come_with_the_tokens_or_are_refused", lambda: Lying(ask=clear("logprobs"))),
     ("token_identifiers_come_with_the_tokens_or_are_refused", lambda: Lying(ask=clear("include_token_ids"))),
+    ("a_stop_token_ends_the_reply_before_it_or_is_refused", lambda: Lying(ask=clear("limits"))),
     ("a_reply_is_taken_up_where_it_broke_off_or_refused", lambda: Lying(ask=clear("continue_from"))),
     ("texts_are_embedded_in_order", Lying),
     ("more_text_has_more_tokens", Lying),

@@ -151,6 +151,7 @@ EFFORTS = {"low": pb.REASONING_EFFORT_LOW, "none": pb.REASONING_EFFORT_NONE}
         (ask(sampling=pb.Sampling(min_p=0.1)), OPTION, "sampling.min_p"),
         (ask(sampling=pb.Sampling(typical_p=0.1)), OPTION, "sampling.typical_p"),
         (ask(include_token_ids=True), OPTION, "include_token_ids"),
+        (ask(limits=pb.GenerationLimits(stop_token_ids=[2])), OPTION, "limits.stop_token_ids"),
         (ask(logprobs=pb.LogprobOptions(top_logprob_count=2)), OPTION, "logprobs"),
         (ask(reasoning_effort=pb.REASONING_EFFORT_LOW), OPTION, "reasoning_effort"),
         (ask(model="thinker", reasoning_effort=pb.REASONING_EFFORT_LOW), OPTION, "reasoning_effort"),

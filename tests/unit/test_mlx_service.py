@@ -484,6 +484,7 @@ async def test_a_model_that_is_still_loading_is_unavailable(tiny: Rig) -> None:
     ("fields", "path"),
     [
         ({"sampling": pb.Sampling(logit_bias={100_000: 1})}, "sampling.logit_bias[100000]"),
+        ({"limits": pb.GenerationLimits(stop_token_ids=[5, 100_000])}, "limits.stop_token_ids[1]"),
         ({"continue_from": pb.ReplyPrefix(token_ids=[5, -1])}, "continue_from.token_ids[1]"),
     ],
 )

@@ -76,6 +76,7 @@ def test_a_key_holds_no_text_and_says_nothing_but_whether_two_are_equal() -> Non
         lambda r: setattr(r.sampling, "top_k", 3),
         lambda r: setattr(r.limits, "max_output_token_count", 3),
         lambda r: r.limits.stop_sequences.append("x"),
+        lambda r: r.limits.stop_token_ids.append(3),
         lambda r: setattr(r.output_format, "json_schema", "{}"),
         lambda r: setattr(r.continue_from, "text", "x"),
         lambda r: r.accepted_degradations.append(pb.DEGRADATION_KIND_OPTION_IGNORED),

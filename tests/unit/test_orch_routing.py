@@ -147,6 +147,7 @@ def test_a_request_needs_what_it_uses() -> None:
         logprobs=pb.LogprobOptions(),
         continue_from=pb.ReplyPrefix(text="x"),
         include_token_ids=True,
+        limits=pb.GenerationLimits(stop_token_ids=[3]),
     )
     assert classify(request).needs == {
         pb.CAPABILITY_GENERATE,
@@ -155,6 +156,7 @@ def test_a_request_needs_what_it_uses() -> None:
         pb.CAPABILITY_LOGPROBS,
         pb.CAPABILITY_CONTINUE,
         pb.CAPABILITY_TOKEN_IDS,
+        pb.CAPABILITY_STOP_TOKEN_IDS,
     }
 
 

@@ -183,6 +183,11 @@ def _limits(limits: pb.GenerationLimits) -> Iterator[Violation]:
     for i, stop in enumerate(limits.stop_sequences):
         if not stop:
             yield f"limits.stop_sequences[{i}]", "must not be empty"
+    if len(limits.stop_token_ids) > MAX_STOP_SEQUENCES:
+        yield "limits.stop_token_ids", f"give at most {MAX_STOP_SEQUENCES}"
+    for i, token in enumerate(limits.stop_token_ids):
+        if token < 0:
+            yield f"limits.stop_token_ids[{i}]", "a token identifier cannot be negative"
 
 
 def _tools(tools: Sequence[pb.Tool]) -> Iterator[Violation]:

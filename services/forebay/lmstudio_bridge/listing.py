@@ -132,6 +132,7 @@ class Entry:
             pb.CAPABILITY_CONTINUE,
             pb.CAPABILITY_COUNT_TOKENS,
             pb.CAPABILITY_TOKEN_IDS,
+            pb.CAPABILITY_STOP_TOKEN_IDS,
         )
         known += [(capability, False) for capability in never]
         reports = [

@@ -82,6 +82,7 @@ def _is_plain(request: pb.GenerateRequest, entry: Entry) -> bool:
     beyond = (
         request.tools
         or request.limits.stop_sequences
+        or request.limits.stop_token_ids
         or request.include_token_ids
         or request.reasoning_effort
         or request.HasField("logprobs")

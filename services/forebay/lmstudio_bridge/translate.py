@@ -224,6 +224,13 @@ def chat_body(
             "LM Studio does not tell the identifiers of tokens",
             "No token identifiers are given.",
         )
+    if request.limits.stop_token_ids:
+        shortfalls.add(
+            pb.DEGRADATION_KIND_OPTION_IGNORED,
+            "limits.stop_token_ids",
+            "LM Studio cannot end a reply at a token's identifier",
+            "No further token ends the reply.",
+        )
     if options.draft_model:
         body["draft_model"] = options.draft_model
     if jit and options.ttl is not None:

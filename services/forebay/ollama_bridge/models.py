@@ -302,6 +302,7 @@ def describe(
         pb.CAPABILITY_CONTINUE: False,
         pb.CAPABILITY_COUNT_TOKENS: False,
         pb.CAPABILITY_TOKEN_IDS: False,
+        pb.CAPABILITY_STOP_TOKEN_IDS: False,
     }
     for capability, can in by_server.items():
         model.capabilities.add(capability=capability, support=yes if can else no)

@@ -307,6 +307,13 @@ def _sampling(request: pb.GenerateRequest, short: Shortfalls) -> JsonObject:
         options["num_predict"] = limits.max_output_token_count
     if limits.stop_sequences:
         options["stop"] = list(limits.stop_sequences)
+    if limits.stop_token_ids:
+        short.note(
+            pb.DEGRADATION_KIND_OPTION_IGNORED,
+            "limits.stop_token_ids",
+            lacks="cannot end a reply at a token's identifier",
+            instead="No further token ends the reply.",
+        )
     if sampling.logit_bias:
         short.note(
             pb.DEGRADATION_KIND_OPTION_IGNORED,

@@ -393,6 +393,7 @@ def _capabilities(identity: Identity, offer: Offer) -> dict[pb.Capability.ValueT
         pb.CAPABILITY_CONTINUE: flavor.continues,
         pb.CAPABILITY_COUNT_TOKENS: flavor.counts,
         pb.CAPABILITY_TOKEN_IDS: flavor.token_ids,
+        pb.CAPABILITY_STOP_TOKEN_IDS: False,
     }
     vision = offer.vision if offer.vision is not None else (False if not identity.vision else None)
     if not flavor.images:

@@ -133,6 +133,13 @@ def chat_body(
         body["max_tokens"] = request.limits.max_output_token_count
     if request.limits.stop_sequences and flavor.stops:
         body["stop"] = list(request.limits.stop_sequences)
+    if request.limits.stop_token_ids:
+        shortfalls.lack(
+            pb.DEGRADATION_KIND_OPTION_IGNORED,
+            "limits.stop_token_ids",
+            missing="end a reply at a token's identifier",
+            instead="No further token ends the reply.",
+        )
     _tools(body, request, flavor, shortfalls)
     _output_format(body, request.output_format, flavor, shortfalls)
     _logprobs(body, request, flavor, shortfalls)

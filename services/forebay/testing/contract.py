@@ -405,6 +405,33 @@ class ContractSuite:
         # The last token may be the one that ends the reply, which has no text and no delta.
         assert 0 <= events[-1].finished.usage.output_token_count - len(identifiers) <= 1
 
+    async def test_a_stop_token_ends_the_reply_before_it_or_is_refused(
+        self, target: Target, peer: Client
+    ) -> None:
+        request = self.ask(target)
+        if not target.can(pb.CAPABILITY_STOP_TOKEN_IDS):
+            request.limits.stop_token_ids.append(5)
+            await self.assert_refused(
+                peer, request, "limits.stop_token_ids", pb.DEGRADATION_KIND_OPTION_IGNORED
+            )
+            return
+        if not target.deterministic or not target.can(pb.CAPABILITY_TOKEN_IDS):
+            pytest.skip("which token comes cannot be foretold")
+        request.include_token_ids = True
+        whole = [token for d in grammar.deltas(await peer.generate(request)) for token in d.token_ids]
+        first = [i for i, token in enumerate(whole) if i and token not in whole[:i]]
+        if not first:
+            pytest.skip("the reply is one token again and again")
+        at = first[len(first) // 2]
+        request.limits.stop_token_ids.append(whole[at])
+        events = await peer.generate(request)
+        finished = events[-1].finished
+        assert [token for delta in grammar.deltas(events) for token in delta.token_ids] == whole[:at]
+        assert (finished.reason, finished.stop_token_id) == (pb.FINISH_REASON_STOP, whole[at])
+        assert finished.usage.output_token_count == at
+        # A limit there cuts the same text, but for a character that the limit leaves open.
+        assert grammar.text(events).rstrip("\ufffd") == await peer.text(self.ask(target, tokens=at))
+
     async def test_a_reply_is_taken_up_where_it_broke_off_or_refused(
         self, target: Target, peer: Client
     ) -> None:

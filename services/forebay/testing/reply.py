@@ -19,6 +19,7 @@ class Plan:
     deltas: list[pb.Delta] = field(default_factory=list)
     reason: pb.FinishReason.ValueType = pb.FINISH_REASON_STOP
     stop_sequence: str = ""
+    stop_token: int | None = None
     reasoning_token_count: int = 0
 
 
@@ -53,19 +54,21 @@ def compose(
         value = tokens.json_for(request.output_format.json_schema).removeprefix(request.continue_from.text)
         plan.deltas += [pb.Delta(text=part, token_count=1) for part in re.findall(r"(?s).{1,4}", value)]
     else:
-        plan.deltas += _answer(request, model, prompt, seed=seed, count=script.token_count)
-    if len(plan.deltas) > limit:
+        answer, plan.stop_token = _answer(request, model, prompt, seed=seed, count=script.token_count)
+        plan.deltas += answer
+    if len(plan.deltas) + (plan.stop_token is not None) > limit:
         del plan.deltas[limit:]
-        plan.reason = pb.FINISH_REASON_LENGTH
+        plan.reason, plan.stop_token = pb.FINISH_REASON_LENGTH, None
     _stop(plan, request.limits.stop_sequences)
     return plan
 
 
 def _answer(
     request: pb.GenerateRequest, model: ScriptedModel, prompt: str, *, seed: int, count: int
-) -> list[pb.Delta]:
-    """Returns the words that follow what the reply already holds."""
+) -> tuple[list[pb.Delta], int | None]:
+    """Returns the words that follow what the reply already holds, and the stop token that ends them."""
     prefix = request.continue_from
+    stops = request.limits.stop_token_ids if can(model, pb.CAPABILITY_STOP_TOKEN_IDS) else ()
     ids = tokens.tokens_for(model.key, prompt, seed=seed, count=count)
     whole = tokens.text_of(ids)
     if prefix.token_ids and list(prefix.token_ids) == ids[: len(prefix.token_ids)]:
@@ -86,6 +89,8 @@ def _answer(
         end += len(part)
         if end <= done:
             continue
+        if token in stops:
+            return deltas, token
         delta = pb.Delta(text=part[len(part) - (end - done) :], token_count=1)
         done = end
         if request.include_token_ids and can(model, pb.CAPABILITY_TOKEN_IDS):
@@ -95,7 +100,7 @@ def _answer(
                 tokens.logprob_for(token, position, top_count=request.logprobs.top_logprob_count)
             )
         deltas.append(delta)
-    return deltas
+    return deltas, None
 
 
 def _calls(request: pb.GenerateRequest, model: ScriptedModel, script: Script) -> list[pb.Delta]:
@@ -126,7 +131,7 @@ def _stop(plan: Plan, sequences: Sequence[str]) -> None:
     if not found:
         return
     at, plan.stop_sequence = min(found)
-    plan.reason = pb.FINISH_REASON_STOP
+    plan.reason, plan.stop_token = pb.FINISH_REASON_STOP, None
     kept: list[pb.Delta] = []
     for delta in plan.deltas:
         if delta.WhichOneof("content") == "text":
@@ -179,6 +184,12 @@ def shortfalls(request: pb.GenerateRequest, model: ScriptedModel) -> list[pb.Deg
             request.include_token_ids,
             pb.CAPABILITY_TOKEN_IDS,
             "include_token_ids",
+            pb.DEGRADATION_KIND_OPTION_IGNORED,
+        ),
+        (
+            bool(request.limits.stop_token_ids),
+            pb.CAPABILITY_STOP_TOKEN_IDS,
+            "limits.stop_token_ids",
             pb.DEGRADATION_KIND_OPTION_IGNORED,
         ),
         (

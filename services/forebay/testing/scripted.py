@@ -601,7 +601,9 @@ async def _prefill(script: Script, talk: _Talk) -> None:
 def _finished(
     request: pb.GenerateRequest, plan: Plan, talk: _Talk, *, since: float, load_seconds: float
 ) -> pb.Finished:
-    finished = pb.Finished(reason=plan.reason, stop_sequence=plan.stop_sequence)
+    finished = pb.Finished(
+        reason=plan.reason, stop_sequence=plan.stop_sequence, stop_token_id=plan.stop_token
+    )
     # What the reply already holds is read like a prompt, and counted so.
     held = len(request.continue_from.token_ids) or tokens.words(request.continue_from.text)
     finished.usage.prompt_token_count = tokens.count_tokens(request.messages, request.tools) + held

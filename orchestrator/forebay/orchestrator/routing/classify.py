@@ -177,6 +177,8 @@ def _classify_generate(request: pb.GenerateRequest) -> Traits:
         need(pb.CAPABILITY_LOGPROBS, pb.DEGRADATION_KIND_OPTION_IGNORED)
     if request.include_token_ids:
         need(pb.CAPABILITY_TOKEN_IDS, pb.DEGRADATION_KIND_OPTION_IGNORED)
+    if request.limits.stop_token_ids:
+        need(pb.CAPABILITY_STOP_TOKEN_IDS, pb.DEGRADATION_KIND_OPTION_IGNORED)
     if content.characters >= LONG_PROMPT_CHARACTERS:
         matched.append(("long_context", f"its text has {content.characters} characters"))
     if content.code:

@@ -230,6 +230,8 @@ class _CapabilityEnumTypeWrapper(google.protobuf.internal.enum_type_wrapper._Enu
     """Count tokens."""
     CAPABILITY_TOKEN_IDS: _Capability.ValueType  # 12
     """Report token identifiers."""
+    CAPABILITY_STOP_TOKEN_IDS: _Capability.ValueType  # 13
+    """End a reply at a token, by its identifier."""
 
 class Capability(_Capability, metaclass=_CapabilityEnumTypeWrapper):
     """What a model can do. New values can be added."""
@@ -260,6 +262,8 @@ CAPABILITY_COUNT_TOKENS: Capability.ValueType  # 11
 """Count tokens."""
 CAPABILITY_TOKEN_IDS: Capability.ValueType  # 12
 """Report token identifiers."""
+CAPABILITY_STOP_TOKEN_IDS: Capability.ValueType  # 13
+"""End a reply at a token, by its identifier."""
 Global___Capability: typing_extensions.TypeAlias = Capability
 
 class _DegradationKind:
@@ -816,10 +820,15 @@ class Finished(google.protobuf.message.Message):
     USAGE_FIELD_NUMBER: builtins.int
     TIMINGS_FIELD_NUMBER: builtins.int
     STOP_SEQUENCE_FIELD_NUMBER: builtins.int
+    STOP_TOKEN_ID_FIELD_NUMBER: builtins.int
     reason: Global___FinishReason.ValueType
     """Why it ended."""
     stop_sequence: builtins.str
     """Stop sequence that ended the reply, when one did and it is known."""
+    stop_token_id: builtins.int
+    """Token of `stop_token_ids` that ended the reply, when one did that does not
+    end the model's replies anyway.
+    """
     @property
     def usage(self) -> Global___Usage:
         """Tokens used."""
@@ -835,9 +844,11 @@ class Finished(google.protobuf.message.Message):
         usage: Global___Usage | None = ...,
         timings: Global___Timings | None = ...,
         stop_sequence: builtins.str = ...,
+        stop_token_id: builtins.int | None = ...,
     ) -> None: ...
-    def HasField(self, field_name: typing.Literal["timings", b"timings", "usage", b"usage"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["reason", b"reason", "stop_sequence", b"stop_sequence", "timings", b"timings", "usage", b"usage"]) -> None: ...
+    def HasField(self, field_name: typing.Literal["_stop_token_id", b"_stop_token_id", "stop_token_id", b"stop_token_id", "timings", b"timings", "usage", b"usage"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["_stop_token_id", b"_stop_token_id", "reason", b"reason", "stop_sequence", b"stop_sequence", "stop_token_id", b"stop_token_id", "timings", b"timings", "usage", b"usage"]) -> None: ...
+    def WhichOneof(self, oneof_group: typing.Literal["_stop_token_id", b"_stop_token_id"]) -> typing.Literal["stop_token_id"] | None: ...
 
 Global___Finished: typing_extensions.TypeAlias = Finished
 
@@ -1296,20 +1307,30 @@ class GenerationLimits(google.protobuf.message.Message):
 
     MAX_OUTPUT_TOKEN_COUNT_FIELD_NUMBER: builtins.int
     STOP_SEQUENCES_FIELD_NUMBER: builtins.int
+    STOP_TOKEN_IDS_FIELD_NUMBER: builtins.int
     max_output_token_count: builtins.int
     """Most tokens to generate, at least 1. Unset is the backend's default."""
     @property
     def stop_sequences(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.str]:
         """Strings that end the reply. They are not part of it. At most 16, none empty."""
 
+    @property
+    def stop_token_ids(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.int]:
+        """Identifiers of tokens, in the vocabulary of the model that serves, that end
+        the reply as the model's own end token does: with FINISH_REASON_STOP, and
+        neither part of the reply nor counted. At most 16, none negative. They hold
+        in the reasoning too, and not in what `continue_from` holds already.
+        """
+
     def __init__(
         self,
         *,
         max_output_token_count: builtins.int | None = ...,
         stop_sequences: collections.abc.Iterable[builtins.str] | None = ...,
+        stop_token_ids: collections.abc.Iterable[builtins.int] | None = ...,
     ) -> None: ...
     def HasField(self, field_name: typing.Literal["_max_output_token_count", b"_max_output_token_count", "max_output_token_count", b"max_output_token_count"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["_max_output_token_count", b"_max_output_token_count", "max_output_token_count", b"max_output_token_count", "stop_sequences", b"stop_sequences"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["_max_output_token_count", b"_max_output_token_count", "max_output_token_count", b"max_output_token_count", "stop_sequences", b"stop_sequences", "stop_token_ids", b"stop_token_ids"]) -> None: ...
     def WhichOneof(self, oneof_group: typing.Literal["_max_output_token_count", b"_max_output_token_count"]) -> typing.Literal["max_output_token_count"] | None: ...
 
 Global___GenerationLimits: typing_extensions.TypeAlias = GenerationLimits

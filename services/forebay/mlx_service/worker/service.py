@@ -242,6 +242,7 @@ class WorkerService:
             pb.CAPABILITY_CONTINUE: chats,
             pb.CAPABILITY_COUNT_TOKENS: chats,
             pb.CAPABILITY_TOKEN_IDS: chats,
+            pb.CAPABILITY_STOP_TOKEN_IDS: chats,
         }
         return [
             pb.CapabilityReport(
@@ -334,6 +335,11 @@ class WorkerService:
         violations += [
             (f"sampling.logit_bias[{token}]", f"the model's vocabulary has {vocabulary} tokens")
             for token in request.sampling.logit_bias
+            if token >= vocabulary
+        ]
+        violations += [
+            (f"limits.stop_token_ids[{i}]", f"the model's vocabulary has {vocabulary} tokens")
+            for i, token in enumerate(request.limits.stop_token_ids)
             if token >= vocabulary
         ]
         violations += [
@@ -502,6 +508,8 @@ class _Reply:
         self._spelling = language.spelling
         self._markers = language.markers
         self._include_ids = request.include_token_ids
+        self._stop_tokens = frozenset(request.limits.stop_token_ids)
+        self._stop_token: int | None = None
         self._prompt_count = len(row.tokens)
         self._began = began
         self._stream = language.spelling.stream(at_start=not row.reply_count)
@@ -535,6 +543,9 @@ class _Reply:
             reason: str | None = None
             for happening in await self._ticket.next():
                 if isinstance(happening, Written):
+                    if happening.token in self._stop_tokens:
+                        reason, self._stop_token = "stop", happening.token
+                        break
                     segments += self._write(happening)
                     if self._splitter.stopped is not None:
                         reason = "stop"
@@ -672,12 +683,16 @@ class _Reply:
     async def _finish(self, reason: str, send: Send) -> None:
         now = time.monotonic()
         finish = pb.FINISH_REASON_LENGTH if reason == "length" else pb.FINISH_REASON_STOP
-        if self._calls and reason == "stop" and self._splitter.stopped is None:
+        if self._splitter.stopped is not None:
+            self._stop_token = None  # what was held back when it came had a stop sequence in it
+        is_stopped = self._splitter.stopped is not None or self._stop_token is not None
+        if self._calls and reason == "stop" and not is_stopped:
             finish = pb.FINISH_REASON_TOOL_CALLS
         admitted = self._admitted if self._admitted is not None else now
         finished = pb.Finished(
             reason=finish,
             stop_sequence=self._splitter.stopped or "",
+            stop_token_id=self._stop_token,
             usage=pb.Usage(
                 prompt_token_count=self._prompt_count,
                 cached_token_count=self._cached_count,
