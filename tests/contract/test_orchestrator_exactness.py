@@ -33,7 +33,7 @@ def request(
     return made
 
 
-def broken(kind: str, at: int) -> Script:
+def broken(kind: str, at: int | str) -> Script:
     return Script(token_count=TOKENS, fault=Fault.parse(f"{kind}@{at}"))
 
 
@@ -167,6 +167,48 @@ async def test_a_stop_sequence_across_the_splice_ends_the_reply_where_it_would_h
                 "" if "nowhere" in stops else asked.limits.stop_sequences[0]
             )
             running.fleet["a"].breakers.heal()
+
+
+async def test_a_stop_token_ends_a_spliced_reply_where_it_would_have(tmp_path: Path) -> None:
+    a, b = engine("a"), engine("b")
+    shown = request()
+    shown.include_token_ids = True
+    async with mesh(tmp_path, a, b) as running:
+        events, _ = await read(running, shown)
+        tokens = [token for delta in grammar.deltas(events) for token in delta.token_ids]
+        stop = next(token for i, token in enumerate(tokens) if i > 5 and token not in tokens[:i])
+        asked = request()
+        asked.limits.stop_token_ids.append(stop)
+        whole = a.expected(asked)
+        assert len(whole.split()) == tokens.index(stop)
+        for at in (1, 3, tokens.index(stop) - 1, "end"):
+            a.then(broken("INTERNAL", at))
+            events, failed = await read(running, asked)
+            assert (grammar.text(events), failed) == (whole, "")
+            finished = events[-1].finished
+            assert (finished.reason, finished.stop_token_id) == (pb.FINISH_REASON_STOP, stop)
+            assert finished.usage.output_token_count == tokens.index(stop)
+            assert any(event.HasField("continued") for event in events)
+            running.fleet["a"].breakers.heal()
+
+
+async def test_stop_tokens_are_asked_of_models_that_have_them_and_else_refused(tmp_path: Path) -> None:
+    able = DEFAULT_CAPABILITIES - {pb.CAPABILITY_STOP_TOKEN_IDS}
+    a, b = engine("a", capabilities=able), engine("b")
+    asked = request()
+    asked.limits.stop_token_ids.append(1 << 30)
+    async with mesh(tmp_path, a, b) as running:
+        for _ in range(3):
+            events, failed = await read(running, asked)
+            assert (grammar.text(events), failed) == (b.expected(request()), "")
+        assert not a.records
+        asked.routing.backends[:] = ["a"]
+        assert await read(running, asked) == ([], "CAPABILITY_UNSUPPORTED")
+        asked.accepted_degradations.append(pb.DEGRADATION_KIND_OPTION_IGNORED)
+        events, failed = await read(running, asked)
+        assert not failed
+        (started,) = [event.started for event in events if event.HasField("started")]
+        assert [told.field for told in started.degradations] == ["limits.stop_token_ids"]
 
 
 async def test_a_hedged_reply_is_one_reply_and_the_loser_generates_no_more(tmp_path: Path) -> None:
