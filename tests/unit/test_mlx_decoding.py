@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from mlx_lm.models.cache import BatchRotatingKVCache
 
 import tiny_models
 from forebay.mlx_service.worker import decoding, turns
@@ -144,6 +145,20 @@ def test_rows_without_padding_have_no_mask_and_padded_ones_do(folder: Path) -> N
     assert cache.make_mask(1, window_size=4) is not None
     assert cache.make_mask(1, return_array=True) is not None
     batch.close()
+
+
+@pytest.mark.parametrize("make", [BatchKVCache, lambda padding: BatchRotatingKVCache(8, padding)])
+@pytest.mark.parametrize("count", [1, 3])
+def test_a_cache_never_changes_positions_in_place(make: Callable[[list[int]], Any], count: int) -> None:
+    """Angles are found again by the array they were made for, and layers share it."""
+    cache = make([0, 2])
+    for _ in range(12):
+        before, was = cache.offset, cache.offset.tolist()
+        new = mx.zeros((2, 1, count, 4))
+        cache.update_and_fetch(new, new)
+        assert cache.offset is not before
+        assert before.tolist() == was
+        assert cache.offset.tolist() == [each + count for each in was]
 
 
 def test_the_likeliest_token_is_picked_beside_rows_that_draw() -> None:

@@ -91,6 +91,7 @@ class _Turns(threading.local):
         return mx.flatten(pairs * cosines + swapped * sines, -2)
 
     def _angles(self, offset: Array, count: int) -> tuple[Array, Array]:
+        # mlx-lm's caches never change an array of positions in place: the next step has another one.
         is_same = offset is self._offset or (type(offset) is int and offset == self._offset)
         if self._found is None or not is_same or count != self._count:
             self._found = self._compute(offset, count)
