@@ -7,6 +7,7 @@ was answered is never among them, and no switch here adds it.
 from __future__ import annotations
 
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Awaitable, Callable
 from contextlib import AbstractContextManager
 from functools import lru_cache
@@ -330,23 +331,21 @@ def requested(
     return _Requested(telemetry, call, send, framework, clock)
 
 
-class _Requested:
-    """A block with the span of a request."""
+class _Spanned(ABC):
+    """A block with a span of its own, in which an answer is watched."""
 
-    __slots__ = ("_call", "_clock", "_framework", "_send", "_span", "_telemetry", "_watched")
+    __slots__ = ("_call", "_clock", "_send", "_span", "_telemetry", "_watched")
 
     def __init__(
         self,
         telemetry: Telemetry,
         call: Call[Request],
-        send: Send,
-        framework: Callable[[str], str],
-        clock: Callable[[], float],
+        send: Send | None,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._telemetry = telemetry
         self._call = call
         self._send = send
-        self._framework = framework
         self._clock = clock
         self._span = traced(telemetry.tracer, SpanKind.CLIENT, self._describe)
 
@@ -361,6 +360,38 @@ class _Requested:
             self._tell(error)
         finally:
             self._span.__exit__(kind, error, where)
+
+    @abstractmethod
+    def _describe(self) -> tuple[str, Attributes]:
+        """Returns the span's name and its first attributes."""
+
+    @abstractmethod
+    def _tell(self, error: BaseException | None) -> None:
+        """Writes down how the block ended."""
+
+
+class _Requested(_Spanned):
+    """A block with the span of a request."""
+
+    __slots__ = ("_framework",)
+
+    def __init__(
+        self,
+        telemetry: Telemetry,
+        call: Call[Request],
+        send: Send,
+        framework: Callable[[str], str],
+        clock: Callable[[], float],
+    ) -> None:
+        super().__init__(telemetry, call, send, clock)
+        self._framework = framework
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, where: TracebackType | None
+    ) -> None:
+        try:
+            super().__exit__(kind, error, where)
+        finally:
             self._watched.release()
 
     def _tell(self, error: BaseException | None) -> None:
@@ -410,32 +441,17 @@ def attempted(
     return _Attempted(telemetry, call, send, backend, address)
 
 
-class _Attempted:
+class _Attempted(_Spanned):
     """A block with the span of an attempt."""
 
-    __slots__ = ("_address", "_backend", "_call", "_send", "_span", "_telemetry", "_watched")
+    __slots__ = ("_address", "_backend")
 
     def __init__(
         self, telemetry: Telemetry, call: Call[Request], send: Send | None, backend: str, address: str
     ) -> None:
-        self._telemetry = telemetry
-        self._call = call
-        self._send = send
+        super().__init__(telemetry, call, send)
         self._backend = backend
         self._address = address
-        self._span = traced(telemetry.tracer, SpanKind.CLIENT, self._describe)
-
-    def __enter__(self) -> Watched:
-        self._watched = Watched(self._span.__enter__(), self._send)
-        return self._watched
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, where: TracebackType | None
-    ) -> None:
-        try:
-            self._tell(error)
-        finally:
-            self._span.__exit__(kind, error, where)
 
     def _tell(self, error: BaseException | None) -> None:
         watched, found = self._watched, self._telemetry.metrics
