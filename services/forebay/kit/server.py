@@ -5,9 +5,10 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
+from typing import Any
 
 import grpc
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
@@ -139,7 +140,7 @@ async def serving(
         StartError: the address cannot be bound; the message says who holds it.
     """
     interceptors = [TokenGuard(settings.auth_token_digests)] if settings.auth_token_digests else []
-    server = grpc.aio.server(options=SERVER_OPTIONS, interceptors=interceptors)
+    server = _new_server(interceptors)
     edge = Edge(InFlight(), telemetry)
     names: list[str] = []
     if inference is not None:
@@ -169,6 +170,21 @@ async def serving(
         await up.drain()
         if address.startswith("unix:"):
             _remove_socket(address)
+
+
+def _new_server(interceptors: Sequence[grpc.aio.ServerInterceptor]) -> grpc.aio.Server:
+    server = grpc.aio.server(options=SERVER_OPTIONS, interceptors=interceptors)
+    # Generated code adds its methods twice: as handlers, which is what finds them, and as registered methods,
+    # for each of which grpc.aio has a task that waits for the next call. Every call then wakes a wait for all
+    # of those tasks. Without them there is one task for all methods.
+    server.add_registered_method_handlers = _leave_unregistered  # type: ignore[method-assign]
+    return server
+
+
+def _leave_unregistered(
+    service_name: str, method_handlers: Mapping[str, grpc.RpcMethodHandler[Any, Any]]
+) -> None:
+    """Stands in for the server's own method of the same signature."""
 
 
 def _bind(server: grpc.aio.Server, settings: ServerSettings) -> str:
