@@ -64,6 +64,24 @@ def test_silence_after_the_first_delta_is_a_stall() -> None:
     assert engine.records[0].fate is Fate.CANCELLED
 
 
+@pytest.mark.parametrize(
+    ("first", "between", "waited"),
+    [(20, 5, 0), (20, 5, 4), (20, 5, 18), (5, 20, 0), (5, 20, 4), (None, 5, 60)],
+)
+def test_each_limit_is_kept_to_the_second_whenever_the_first_delta_came(
+    first: float | None, between: float, waited: float
+) -> None:
+    engine = ScriptedEngine()
+
+    async def body() -> None:
+        request = with_options(ask(), fault="STALL@1", first_delay=f"{waited}s")
+        with pytest.raises(StreamStalled, match=f"silent for {between} s"):
+            await serve(watch(engine.service, first, between), request)
+        assert clock.now() == waited + between
+
+    clock.run(body())
+
+
 def test_progress_is_a_sign_of_life() -> None:
     request = with_options(ask(), first_delay="90s", progress_delay="19s")
     sink = clock.run(serve(watch(ScriptedEngine().service), request))

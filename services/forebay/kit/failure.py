@@ -461,6 +461,8 @@ def from_status(status: status_pb2.Status) -> Failure | None:
 
 def printable(text: str) -> str:
     """Returns text from outside without control characters, so that it cannot forge log lines."""
+    if text.isprintable():  # nearly always
+        return text
     return _UNPRINTABLE.sub("\N{REPLACEMENT CHARACTER}", text.replace("\n", " ").replace("\r", " "))
 
 

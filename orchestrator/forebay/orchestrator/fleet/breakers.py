@@ -27,6 +27,8 @@ from forebay.orchestrator.fleet.breaker import BUSY, Breaker, BreakerState, Perm
 
 logger = logging.getLogger(__name__)
 
+_NONE: frozenset[str] = frozenset()
+
 _OF_THE_MODEL = (ModelLoadFailed, ModelQuarantined, WrongModel)
 
 
@@ -65,6 +67,8 @@ class Breakers:
 
     def closed_models(self) -> frozenset[str]:
         """Returns the models whose own breaker keeps calls away now."""
+        if not self._models:
+            return _NONE
         return frozenset(model for model, breaker in self._models.items() if not breaker.can_admit)
 
     def not_closed(self) -> list[tuple[str, Breaker]]:

@@ -5,9 +5,11 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterable, Iterator
+from collections.abc import Awaitable, Callable, Coroutine, Iterable, Iterator
+from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
+from types import TracebackType
 from typing import Protocol, TypeAlias
 
 from opentelemetry import context as otel_context
@@ -236,14 +238,20 @@ class Placement:
 
     # What calls want.
 
-    @contextlib.asynccontextmanager
-    async def held(self, endpoint: Endpoint, name: str, tell: Tell | None) -> AsyncIterator[None]:
-        """Has a model in memory for the length of a block, loading it first if need be.
+    def held(self, endpoint: Endpoint, name: str, tell: Tell | None) -> AbstractAsyncContextManager[None]:
+        """Has a model in memory for the length of a block. See `take`."""
+        return _Held(self, endpoint, name, tell)
+
+    async def take(self, endpoint: Endpoint, name: str, tell: Tell | None) -> Entry | None:
+        """Has a model in memory until its entry in the ledger is released, loading it first if need be.
 
         Args:
             endpoint: the backend.
             name: the model, as the backend spells it.
-            tell: told how far the load is while the block has not begun.
+            tell: told how far the load is.
+
+        Returns:
+            What holds it. None if no account can be kept of it.
 
         Raises:
             MemoryExhausted: there is no room for it.
@@ -257,17 +265,13 @@ class Placement:
             or model.state == pb.Model.STATE_UNSPECIFIED
             or not self.ledger.is_known(endpoint.name)
         ):
-            yield
-            return
+            return None
         key = (endpoint.name, model.id)
         entry = self.ledger.hold(key)
         if entry is None:
             self._refuse_while_cooling(key)
             entry, _ = await self._wait(key, estimate(model), tell, pinned=self._is_pinned(key))
-        try:
-            yield
-        finally:
-            self.ledger.release(entry)
+        return entry
 
     async def load(self, endpoint: Endpoint, request: models_pb.LoadModelRequest, send: Tell) -> None:
         """Loads a model because somebody asked for that by name.
@@ -474,6 +478,27 @@ class Placement:
         before = self._cooldowns.get(key)
         length = min(_COOLDOWN_MAX, before.length * 2.0) if before is not None else _COOLDOWN_MIN
         self._cooldowns[key] = _Cooldown(failure, self._clock() + length, length)
+
+
+class _Held:
+    """A model in memory, for `async with`. A class, for a generator costs more than it would wrap."""
+
+    __slots__ = ("_endpoint", "_entry", "_name", "_placement", "_tell")
+
+    def __init__(self, placement: Placement, endpoint: Endpoint, name: str, tell: Tell | None) -> None:
+        self._placement = placement
+        self._endpoint = endpoint
+        self._name = name
+        self._tell = tell
+
+    async def __aenter__(self) -> None:
+        self._entry = await self._placement.take(self._endpoint, self._name, self._tell)
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, where: TracebackType | None
+    ) -> None:
+        if self._entry is not None:
+            self._placement.ledger.release(self._entry)
 
 
 class _Orders:

@@ -10,6 +10,7 @@ otherwise, so it is reported as alike and left to whoever decides.
 
 from __future__ import annotations
 
+import operator
 import re
 from collections import OrderedDict
 from collections.abc import Collection, Iterable, Sequence
@@ -134,7 +135,7 @@ class Matcher:
 
 
 def _are_same(one: Sequence[Listed], other: Sequence[Listed]) -> bool:
-    return len(one) == len(other) and all(a is b for a, b in zip(one, other, strict=True))
+    return len(one) == len(other) and all(map(operator.is_, one, other))
 
 
 def _called(name: str, listed: Listed) -> Found | None:

@@ -52,7 +52,7 @@ def is_same(asked: str, answered: str, models: Iterable[pb.Model]) -> bool:
         answered: the name it answered with.
         models: the backend's models.
     """
-    if _bare(asked) == _bare(answered):
+    if asked == answered or _bare(asked) == _bare(answered):
         return True
     listed = list(models)
     one, other = find_model(asked, listed), find_model(answered, listed)

@@ -14,6 +14,8 @@ _TIE = 1e-9
 
 def best(scores: Sequence[float], source: random.Random) -> int:
     """Takes the best, and one at random where several are equally good, so that equals share the calls."""
+    if len(scores) == 1:
+        return 0
     top = max(scores)
     return source.choice([place for place, score in enumerate(scores) if top - score <= _TIE])
 

@@ -7,7 +7,7 @@ what makes an explanation true.
 from __future__ import annotations
 
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from typing import TypeAlias
@@ -34,7 +34,7 @@ from forebay.orchestrator.routing.filters import FILTERS, Question, is_cold
 from forebay.orchestrator.routing.matching import Found, Match, Matcher
 from forebay.orchestrator.routing.pickers import PICKERS
 from forebay.orchestrator.routing.scorers import SCORERS
-from forebay.orchestrator.routing.view import EndpointView, Figures
+from forebay.orchestrator.routing.view import EndpointView
 
 Snapshot: TypeAlias = Sequence[EndpointView]
 """Every backend at one moment, in the order of the configuration."""
@@ -289,30 +289,23 @@ class Router:
 
         One that gives the same to all would squeeze the rest into a corner.
         """
-        silent: set[str] = set()
-        if not any(question.allowed for question in questions):
-            silent.add("preference")
-        if not any(question.traits.specialities for question in questions):
-            silent.add("proven")
-        if not any(question.held for question in questions):
-            silent.add("affinity")
-        if not any(figures.decode_rate for q in questions for figures in _figures(q)):
-            silent.add("speed")
-        if not any(question.endpoint.outstanding_tokens for question in questions):
-            silent.add("tokens")
-        if not any(map(_knows_of_room, questions)):
-            silent.add("memory")
+        silent = set(_NEEDS)
+        for question in questions:
+            silent.difference_update([name for name in silent if _NEEDS[name](question)])
         return [name for name in SCORERS if name not in silent]
 
     def _score(self, question: Question, scorers: Sequence[str]) -> Candidate:
-        scores = {name: SCORERS[name](question) for name in scorers}
-        weight = sum(self._weights[name] for name in scores)
-        total = sum(self._weights[name] * score for name, score in scores.items()) / weight if weight else 0.0
+        scores: dict[str, float] = {}
+        total = weight = 0.0
+        for name in scorers:
+            score = scores[name] = SCORERS[name](question)
+            weight += self._weights[name]
+            total += self._weights[name] * score
         return Candidate(
             endpoint=question.endpoint,
             model=question.found,
             scores=scores,
-            total=total,
+            total=total / weight if weight else 0.0,
             match=question.match,
             match_detail=question.match_detail,
         )
@@ -394,9 +387,10 @@ def _meaning(
     return None, None, f"{found.model.id}, and {found.detail}"
 
 
-def _figures(question: Question) -> Sequence[Figures]:
+def _knows_of_speed(question: Question) -> bool:
+    """Whether it was measured how fast replies come."""
     figures = question.endpoint.figures.get(question.found.id) if question.found is not None else None
-    return () if figures is None else (figures,)
+    return figures is not None and bool(figures.decode_rate)
 
 
 def _knows_of_room(question: Question) -> bool:
@@ -407,7 +401,20 @@ def _knows_of_room(question: Question) -> bool:
     return found is not None and is_cold(found) and bool(endpoint.room(found.id).limit)
 
 
+_NEEDS: Mapping[str, Callable[[Question], object]] = {
+    "preference": lambda question: question.allowed,
+    "proven": lambda question: question.traits.specialities,
+    "affinity": lambda question: question.held,
+    "speed": _knows_of_speed,
+    "tokens": lambda question: question.endpoint.outstanding_tokens,
+    "memory": _knows_of_room,
+}
+"""What a scorer needs to know of a backend to tell it apart. Those that are not here always have it."""
+
+
 def _check_names(names: Sequence[str], snapshot: Snapshot) -> None:
+    if not names:
+        return
     known = [endpoint.name for endpoint in snapshot]
     for name in names:
         if name not in known:

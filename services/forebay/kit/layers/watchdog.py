@@ -81,7 +81,9 @@ class _Silence:
     """How long a service has been silent, and the timer that ends the call when that is too long.
 
     The timer is not moved with every event, of which there are thousands a
-    second: when it rings, it looks how long ago the last one was.
+    second: when it rings, it looks how long ago the last one was. Nor is it
+    when the first delta brings another limit, for it never waits longer than
+    the shorter of both.
     """
 
     def __init__(self, first: timedelta | None, between: timedelta | None) -> None:
@@ -90,6 +92,7 @@ class _Silence:
         self._clock = loop.time
         self._limit = None if first is None else first.total_seconds()
         self._between = None if between is None else between.total_seconds()
+        self._shortest = min((each for each in (self._limit, self._between) if each is not None), default=0.0)
         self._since: float | None = self._clock()  # None while an event is on its way to the client
         self._timer: asyncio.TimerHandle | None = None
         self.answered = False
@@ -98,7 +101,7 @@ class _Silence:
     def watch(self, alarm: asyncio.Timeout) -> None:
         """Has the alarm go off after too long a silence."""
         self._alarm = alarm
-        self._set()
+        self._set(self._clock())
 
     def interrupt(self, event: Event) -> None:
         """Something was heard, and is on its way."""
@@ -106,13 +109,12 @@ class _Silence:
         if not self.answered and not _is_preparation(event):
             self.answered = True
             self._limit = self._between
-            self.forget()
 
     def begin(self) -> None:
         """It is silent again."""
-        self._since = self._clock()
+        self._since = now = self._clock()
         if self._timer is None:
-            self._set()
+            self._set(now)
 
     def forget(self) -> None:
         """Stops the timer."""
@@ -120,18 +122,19 @@ class _Silence:
             self._timer.cancel()
             self._timer = None
 
-    def _set(self) -> None:
+    def _set(self, now: float) -> None:
         if self._limit is not None and self._since is not None:
-            self._timer = self._call_at(self._since + self._limit, self._ring)
+            self._timer = self._call_at(min(self._since + self._limit, now + self._shortest), self._ring)
 
     def _ring(self) -> None:
         self._timer = None
         if self._limit is None or self._since is None:
             return  # the client is slow, and not the service; `begin` sets the timer again
-        if self._clock() + _GRAIN >= self._since + self._limit:
+        now = self._clock()
+        if now + _GRAIN >= self._since + self._limit:
             self._alarm.reschedule(self._since)  # in the past, so now
         else:
-            self._set()
+            self._set(now)
 
 
 def _is_preparation(event: Event) -> bool:
