@@ -35,7 +35,6 @@ import itertools
 import logging
 import os
 import queue
-import threading
 import time
 from collections import deque
 from collections.abc import Callable, Collection, Sequence
@@ -57,11 +56,12 @@ from forebay.mlx_service.worker.batch import Batch, Generated, Kept, Prefilled, 
 from forebay.mlx_service.worker.cache_layout import Layout
 from forebay.mlx_service.worker.lanes import Lanes
 from forebay.mlx_service.worker.memory import KvCost, Ledger, is_out_of_memory, probe, read_memory
+from forebay.mlx_service.worker.model_thread import ModelThread, why_ended
 from forebay.mlx_service.worker.prefix_cache import MOST_MARKS, Mark, PrefixCache, PrefixStats, why_not
 from forebay.mlx_service.worker.prefix_disk import DiskStats, DiskTier, Post
 from forebay.mlx_service.worker.pressure import FREED_SHARE, Held, Level, Pressure
 from forebay.mlx_service.worker.restoring import Restoring
-from forebay.mlx_service.worker.runtime import leave_thread, mx
+from forebay.mlx_service.worker.runtime import mx
 from forebay.mlx_service.worker.sampling import Array, Processor, SamplingParams, processors, sampler
 from forebay.mlx_service.worker.speculation import Speculation, SpeculationStats
 
@@ -316,7 +316,7 @@ def _step_within(seconds: float, took: float, most: int) -> int:
     return max(fits, default=PREFILL_STEPS[0])
 
 
-class Engine:
+class Engine(ModelThread):
     """Generates rows together on a thread of its own.
 
     Args:
@@ -352,6 +352,7 @@ class Engine:
         speculation: Speculation | None = None,
         read: Callable[[], Held] = read_memory,
     ) -> None:
+        super().__init__("mlx-engine")
         self._make_batch = new_batch
         self._load = load
         self._prefill_most = prefill_most
@@ -366,14 +367,8 @@ class Engine:
         self._disk: DiskTier | None = None
         self._restoring: Restoring[_Live] | None = None
         self._speculation = speculation
-        self._commands: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
-        self._thread = threading.Thread(target=self._run, name="mlx-engine", daemon=True)
-        self._loop: asyncio.AbstractEventLoop
-        self._loaded: asyncio.Future[None]
-        self._ended: asyncio.Future[None]
         # On the event loop:
         self._outstanding = 0
-        self._stopping = False
         self.vocabulary_size = 0
         """Tokens that the model knows; 0 until it is loaded. It may be more than its tokenizer knows."""
         self._row_seconds = 1.0
@@ -394,7 +389,6 @@ class Engine:
         self._count = 0
         self._outbox: list[tuple[Ticket, Happening]] = []
         self._is_pressing = False
-        self._stopped = False
         self._steps = 0
         self._step_seconds = self._flushed_at = 0.0
         self._faults = 0
@@ -407,18 +401,6 @@ class Engine:
 
     # On the event loop
 
-    async def start(self) -> None:
-        """Starts the thread, loads the model and runs it once.
-
-        Raises:
-            Exception: whatever loading raised.
-        """
-        self._loop = asyncio.get_running_loop()
-        self._loaded = self._loop.create_future()
-        self._ended = self._loop.create_future()
-        self._thread.start()
-        await asyncio.shield(self._loaded)
-
     def submit(self, row: Row) -> Ticket:
         """Queues a row.
 
@@ -427,8 +409,7 @@ class Engine:
             MemoryExhausted: there is not enough memory for what the row can come to hold.
             Draining: the engine stops.
         """
-        if self._stopping or self._ended.done():
-            raise Draining("this model's worker is stopping")
+        self._check_running()
         waiting = self._outstanding - self._rows
         wait = timedelta(
             seconds=round(min(max(self._row_seconds * (max(0, waiting) + 1) / self._rows, 0.5), 60.0), 1)
@@ -496,7 +477,7 @@ class Engine:
         self._commands.put(partial(self._answer, call, answer))
         await asyncio.wait((answer, self._ended), return_when=asyncio.FIRST_COMPLETED)
         if not answer.done():
-            raise Draining("this model's worker is stopping")
+            raise why_ended(None)
         return answer.result()
 
     async def open_view(self, name: str, make: Callable[[object], object], *, size: int) -> None:
@@ -542,25 +523,6 @@ class Engine:
             return held
         return tuple(itertools.islice(dict.fromkeys((*held, *self._disk.marks)), MOST_MARKS))
 
-    @property
-    def has_ended(self) -> bool:
-        """Whether the thread has ended, because it was stopped or because it failed for good."""
-        return self._ended.done()
-
-    async def stop(self, *, timeout: float) -> None:
-        """Ends all rows and the thread.
-
-        Raises:
-            TimeoutError: the thread is stuck in a step.
-        """
-        self._stopping = True
-        if self._thread.ident is None:
-            return
-        self._commands.put(self._stop)
-        async with asyncio.timeout(timeout):
-            await asyncio.shield(self._ended)
-        self._thread.join(timeout)
-
     def _leave(self, ticket: Ticket) -> None:
         self._release(ticket)
         self._commands.put(partial(self._remove, ticket))
@@ -585,37 +547,18 @@ class Engine:
                 self._row_seconds += 0.2 * (took - self._row_seconds)
             ticket.tell(happening)
 
-    def _finish(self, future: asyncio.Future[None], error: BaseException | None) -> None:
-        if not future.done():
-            if error is None:
-                future.set_result(None)
-            else:
-                future.set_exception(error)
-
     # On the engine's thread
 
-    def _run(self) -> None:
-        error: BaseException | None = None
-        is_loaded = False
-        try:
-            self._start_model()
-            is_loaded = True
-            self._post(self._finish, self._loaded, None)
-            while not self._stopped:
-                self._drain()
-                self._expire()
-                self._admit()
-                self._relieve()
-                if self._live:
-                    self._step()
-                if not self._may_hold():
-                    self._flush()
-        except BaseException as fatal:  # reported: the thread has nobody above it
-            error = fatal
-            if is_loaded:  # else `start` raises it
-                log.error("the engine ended: %s", type(fatal).__name__, exc_info=fatal)
-        finally:
-            self._end(error)
+    def _work(self) -> None:
+        while not self._stopped:
+            self._drain()
+            self._expire()
+            self._admit()
+            self._relieve()
+            if self._live:
+                self._step()
+            if not self._may_hold():
+                self._flush()
 
     def _start_model(self) -> None:
         # Every thread begins with the same random state; without this, equal prompts to
@@ -858,9 +801,6 @@ class Engine:
             log.error("the prefix cache failed and is emptied: %s", type(error).__name__, exc_info=error)
             self._prefixes.clear()
 
-    def _stop(self) -> None:
-        self._stopped = True
-
     def _expire(self) -> None:
         now = time.monotonic()
 
@@ -1068,21 +1008,11 @@ class Engine:
             self._flushed_at = time.monotonic()
             self._post(self._deliver, news)
 
-    def _post(self, call: Callable[..., None], *arguments: object) -> None:
-        try:
-            self._loop.call_soon_threadsafe(partial(call, *arguments))
-        except RuntimeError:  # the loop is closed: nobody listens any more
-            self._stopped = True
-
-    def _end(self, error: BaseException | None) -> None:
-        """Ends what is left and drops every array on this thread, as mlx wants."""
+    def _let_go(self, error: BaseException | None) -> None:
         for ticket in [live.ticket for live in (*self._live.values(), *self._again, *self._restored)] + [
             entry[2] for entry in self._queue
         ]:
-            failure: Failure = Draining("this model's worker is stopping")
-            if error is not None:
-                failure = BackendError(f"this model's engine failed: {type(error).__name__}")
-            self._tell(ticket, Over("failed", failure))
+            self._tell(ticket, Over("failed", why_ended(error)))
         self._live.clear()
         self._again.clear()
         self._queue.clear()
@@ -1099,8 +1029,3 @@ class Engine:
         if self._speculation is not None:
             self._speculation.close()
         self._views.clear()
-        self._post(self._finish, self._loaded, error)
-        gc.collect()
-        mx.clear_cache()
-        leave_thread()
-        self._post(self._finish, self._ended, None)

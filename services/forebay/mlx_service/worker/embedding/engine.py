@@ -8,11 +8,9 @@ what was cancelled. What a batch gave reaches the loop in one hop.
 from __future__ import annotations
 
 import asyncio
-import gc
 import logging
 import os
 import queue
-import threading
 import time
 from array import array
 from collections.abc import Callable, Sequence
@@ -21,10 +19,11 @@ from datetime import timedelta
 from functools import partial
 from typing import TypeAlias
 
-from forebay.kit.failure import BackendError, DeadlineExceeded, Draining, Failure, QueueFull
+from forebay.kit.failure import BackendError, DeadlineExceeded, Failure, QueueFull
 from forebay.mlx_service.worker.embedding.batcher import Batcher, Pending, padded
 from forebay.mlx_service.worker.memory import read_memory
-from forebay.mlx_service.worker.runtime import leave_thread, mx
+from forebay.mlx_service.worker.model_thread import ModelThread, why_ended
+from forebay.mlx_service.worker.runtime import mx
 from forebay.mlx_service.worker.sampling import Array
 
 log = logging.getLogger(__name__)
@@ -126,7 +125,7 @@ class Job:
             self._done.exception()  # nobody may be waiting any more
 
 
-class EmbeddingEngine:
+class EmbeddingEngine(ModelThread):
     """Embeds texts on a thread of its own.
 
     Args:
@@ -146,19 +145,14 @@ class EmbeddingEngine:
         queue_tokens: int = QUEUE_TOKENS,
         lanes: int | None = None,
     ) -> None:
+        super().__init__("mlx-embedding")
         self._load = load
         self._longest = longest
         self._budget = budget
         self._queue_tokens = queue_tokens
         self._lanes = lanes
-        self._commands: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
-        self._thread = threading.Thread(target=self._run, name="mlx-embedding", daemon=True)
-        self._loop: asyncio.AbstractEventLoop
-        self._loaded: asyncio.Future[None]
-        self._ended: asyncio.Future[None]
         # On the event loop:
         self._jobs: set[Job] = set()
-        self._stopping = False
         self._waiting_tokens = 0
         self._token_seconds = 1e-4
         self.dimensions = 0
@@ -167,7 +161,6 @@ class EmbeddingEngine:
         self._embed: Callable[[Array, Array], Array]
         self._streams: list[mx.Stream] = []
         self._batcher: Batcher[Job] = Batcher(budget or BUDGETS[0])
-        self._stopped = False
         self._steps = 0
         self._texts = 0
         self._faults = 0
@@ -181,18 +174,6 @@ class EmbeddingEngine:
 
     # On the event loop
 
-    async def start(self) -> None:
-        """Starts the thread, loads the model and runs it once.
-
-        Raises:
-            Exception: whatever loading raised.
-        """
-        self._loop = asyncio.get_running_loop()
-        self._loaded = self._loop.create_future()
-        self._ended = self._loop.create_future()
-        self._thread.start()
-        await asyncio.shield(self._loaded)
-
     def submit(self, texts: Sequence[bytes], *, urgency: int = 1, deadline: float | None = None) -> Job:
         """Queues the texts of a request.
 
@@ -205,8 +186,7 @@ class EmbeddingEngine:
             QueueFull: too much waits.
             Draining: the engine stops.
         """
-        if self._stopping or self._ended.done():
-            raise Draining("this model's worker is stopping")
+        self._check_running()
         if self._waiting_tokens >= self._queue_tokens:
             wait = min(max(self._waiting_tokens * self._token_seconds / 2, 0.5), 60.0)
             raise QueueFull(
@@ -248,25 +228,6 @@ class EmbeddingEngine:
         self._commands.put(partial(self._limit, ceiling))
         return ceiling
 
-    @property
-    def has_ended(self) -> bool:
-        """Whether the thread has ended, because it was stopped or because it failed for good."""
-        return self._ended.done()
-
-    async def stop(self, *, timeout: float) -> None:
-        """Ends all jobs and the thread.
-
-        Raises:
-            TimeoutError: the thread is stuck in a batch.
-        """
-        self._stopping = True
-        if self._thread.ident is None:
-            return
-        self._commands.put(self._stop)
-        async with asyncio.timeout(timeout):
-            await asyncio.shield(self._ended)
-        self._thread.join(timeout)
-
     def _deliver(self, results: list[tuple[Job, list[tuple[bytes, Vector | Failure]]]], rate: float) -> None:
         self._token_seconds += 0.2 * (rate - self._token_seconds)
         for job, news in results:
@@ -276,34 +237,15 @@ class EmbeddingEngine:
         for job in self._jobs:
             job.fail(failure)
 
-    def _finish(self, future: asyncio.Future[None], error: BaseException | None) -> None:
-        if not future.done():
-            if error is None:
-                future.set_result(None)
-            else:
-                future.set_exception(error)
-
     # On the engine's thread
 
-    def _run(self) -> None:
-        error: BaseException | None = None
-        is_loaded = False
-        try:
-            self._start_model()
-            is_loaded = True
-            self._post(self._finish, self._loaded, None)
-            while not self._stopped:
-                self._drain()
-                self._gather()
-                batch = self._live(self._batcher.take())
-                if batch and not self._stopped:
-                    self._step(batch)
-        except BaseException as fatal:  # reported: the thread has nobody above it
-            error = fatal
-            if is_loaded:  # else `start` raises it
-                log.error("the engine ended: %s", type(fatal).__name__, exc_info=fatal)
-        finally:
-            self._end(error)
+    def _work(self) -> None:
+        while not self._stopped:
+            self._drain()
+            self._gather()
+            batch = self._live(self._batcher.take())
+            if batch and not self._stopped:
+                self._step(batch)
 
     def _start_model(self) -> None:
         before = int(mx.get_active_memory())
@@ -378,9 +320,6 @@ class EmbeddingEngine:
     def _remove(self, job: Job) -> None:
         self._batcher.remove(job, job.texts)
 
-    def _stop(self) -> None:
-        self._stopped = True
-
     def _live(self, batch: list[Pending[Job]]) -> list[Pending[Job]]:
         """Returns the texts for which somebody still waits, and tells those whose time is up."""
         now = time.monotonic()
@@ -449,26 +388,14 @@ class EmbeddingEngine:
         lengths = mx.array([len(tokens) // 4 for tokens in texts])
         return mx.array(buffer), mx.arange(width)[None] < lengths[:, None]
 
-    def _post(self, call: Callable[..., None], *arguments: object) -> None:
-        try:
-            self._loop.call_soon_threadsafe(partial(call, *arguments))
-        except RuntimeError:  # the loop is closed: nobody listens any more
-            self._stopped = True
-
-    def _end(self, error: BaseException | None) -> None:
-        """Ends what is left and drops every array on this thread, as mlx wants."""
-        failure: Failure = Draining("this model's worker is stopping")
-        if error is not None:
-            failure = BackendError(f"this model's engine failed: {type(error).__name__}")
+    def _let_go(self, error: BaseException | None) -> None:
         if hasattr(self, "_embed"):
             del self._embed
         self._streams.clear()
-        self._post(self._finish, self._loaded, error)
-        gc.collect()
-        mx.clear_cache()
-        leave_thread()
-        self._post(self._finish, self._ended, None)
-        self._post(self._fail_all, failure)
+
+    def _end(self, error: BaseException | None) -> None:
+        super()._end(error)
+        self._post(self._fail_all, why_ended(error))  # now that no other job can come
 
 
 def _cores() -> int:
