@@ -10,7 +10,7 @@ PYTHON ?= $(shell for p in python3.13 python3.12 python3.11 python3 python; do \
 	$$p -c 'import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 11))' >/dev/null 2>&1 && echo $$p && break; done)
 PROTOS := $(shell cd protos 2>/dev/null && find forebay -name '*.proto' | sort)
 CODE := protos/forebay services/forebay orchestrator/forebay
-CHECKED := services/forebay orchestrator/forebay
+CHECKED := services/forebay orchestrator/forebay examples/python/ask.py
 # Most tests wait for processes and clocks rather than compute. Files stay whole, for their fixtures.
 JOBS ?= 4
 PYTEST := $(BIN)/python -m pytest
@@ -18,7 +18,7 @@ PYTEST := $(BIN)/python -m pytest
 # What is tested is what is here, whatever the shell has on its path.
 unexport PYTHONPATH
 
-.PHONY: help run demo test unit contract e2e lint format protos bench live soak llama-server lock clean compose-up compose-down compose-image
+.PHONY: help run demo test unit contract e2e lint format protos bench live polyglot soak llama-server lock clean compose-up compose-down compose-image
 
 help: ## Lists the targets.
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "  make %-13s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -66,6 +66,9 @@ bench: $(VENV)/.dev ## Measures, side by side with a direct call.
 live: $(VENV)/.dev ## Runs the contract on real servers named by FOREBAY_OLLAMA_URL, FOREBAY_LMSTUDIO_URL, FOREBAY_JAEGER_URL.
 	$(PYTEST) -m live $(ARGS)
 
+polyglot: $(VENV)/.dev ## Builds the example clients in Go, Node, Java and Rust and runs them.
+	$(PYTEST) -m polyglot --timeout=1800 $(ARGS)
+
 soak: $(VENV)/.dev ## Runs the long simulations, fault and memory runs: two hours.
 	$(PYTEST) -m soak -v -s --timeout=3600 $(ARGS)
 
@@ -90,6 +93,7 @@ lock: ## Pins what CI runs again, from a clean environment.
 
 clean: ## Removes what make made here. The models under the user's cache folder stay.
 	rm -rf $(VENV) .coverage .coverage.* .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache dist build
+	rm -rf examples/go/ask examples/go/gen examples/node/node_modules examples/java/target examples/rust/target
 	find $(CODE) tests -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(VENV)/bin/python:

@@ -491,7 +491,7 @@ async def test_log_probabilities_are_those_of_the_tokens_sent(talker: Running) -
         sink = await serve(engine.generate, request)
     entries = [entry for delta in grammar.deltas(sink.events) for entry in delta.logprobs]
     identifiers = [token for delta in grammar.deltas(sink.events) for token in delta.token_ids]
-    assert b"".join(entry.token_bytes for entry in entries).decode("utf-8", "replace") == sink.text
+    assert b"".join(entry.raw_bytes for entry in entries).decode("utf-8", "replace") == sink.text
     assert [entry.token_id for entry in entries] == identifiers
     for entry in entries:
         assert len(entry.top_logprobs) == 3

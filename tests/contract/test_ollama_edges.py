@@ -932,7 +932,7 @@ async def test_edge_34_log_probabilities_without_text_are_kept_for_the_text(
     deltas = grammar.deltas(sink.events)
     assert [[entry.token for entry in delta.logprobs] for delta in deltas] == [["a", "b"], [""]]
     assert deltas[0].token_count == 2
-    assert deltas[0].logprobs[0].token_bytes == b"a"
+    assert deltas[0].logprobs[0].raw_bytes == b"a"
     assert deltas[0].logprobs[0].top_logprobs[1].logprob == 0
     assert fake.seen("/api/chat")[-1].json["top_logprobs"] == 2
     fake.script("/api/chat", lines(chunk("a"), end()))

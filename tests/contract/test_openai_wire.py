@@ -778,7 +778,7 @@ async def test_log_probabilities_are_read_whatever_they_are(server: Server, engi
     sink = await generate(engine, request)
     first, last = grammar.deltas(sink.events)
     assert first.text == "aa"
-    assert [entry.token_bytes for entry in first.logprobs] == [b"a", b"a"]
+    assert [entry.raw_bytes for entry in first.logprobs] == [b"a", b"a"]
     assert all(math.isfinite(e.logprob) and e.logprob <= 0 for d in (first, last) for e in d.logprobs)
     assert (first.token_count, last.token_count, last.text) == (2, 1, "")
     assert [top.token_id for top in first.logprobs[0].top_logprobs] == [7]

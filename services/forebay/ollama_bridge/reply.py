@@ -154,13 +154,13 @@ class Reply:
 
 def _logprob(entry: JsonObject) -> pb.TokenLogprob:
     found = pb.TokenLogprob(
-        token=text(entry, "token"), token_bytes=_bytes(entry), logprob=min(0.0, number(entry, "logprob"))
+        token=text(entry, "token"), raw_bytes=_bytes(entry), logprob=min(0.0, number(entry, "logprob"))
     )
     for rival in array(entry.get("top_logprobs")):
         fields = obj(rival)
         found.top_logprobs.add(
             token=text(fields, "token"),
-            token_bytes=_bytes(fields),
+            raw_bytes=_bytes(fields),
             logprob=min(0.0, number(fields, "logprob")),
         )
     return found

@@ -72,11 +72,11 @@ def logprob_for(token: int, position: int, *, top_count: int) -> pb.TokenLogprob
     """Returns a made-up log probability of a token, and those of the next best ones."""
     best = -0.25 - (_number(f"{token}\x00{position}") % 1000) / 1000
     entry = pb.TokenLogprob(token=piece(token, position), token_id=token, logprob=best)
-    entry.token_bytes = entry.token.encode()
+    entry.raw_bytes = entry.token.encode()
     for rank in range(top_count):
         other = (token + rank) % len(VOCABULARY)
         word = piece(other, position)
-        entry.top_logprobs.add(token=word, token_bytes=word.encode(), token_id=other, logprob=best - rank)
+        entry.top_logprobs.add(token=word, raw_bytes=word.encode(), token_id=other, logprob=best - rank)
     return entry
 
 

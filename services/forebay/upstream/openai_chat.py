@@ -235,14 +235,14 @@ class ReplyReader:
                 self._held.token_ids.append(integer(entry, "id"))
             if self._want_logprobs:
                 listed = pb.TokenLogprob(
-                    token=text(entry, "token"), token_bytes=_bytes(entry), logprob=_logprob(entry)
+                    token=text(entry, "token"), raw_bytes=_bytes(entry), logprob=_logprob(entry)
                 )
                 if "id" in entry:
                     listed.token_id = integer(entry, "id")
                 for top in array(entry.get("top_logprobs"))[: self._top_logprobs]:
                     one = obj(top)
                     added = listed.top_logprobs.add(
-                        token=text(one, "token"), token_bytes=_bytes(one), logprob=_logprob(one)
+                        token=text(one, "token"), raw_bytes=_bytes(one), logprob=_logprob(one)
                     )
                     if "id" in one:
                         added.token_id = integer(one, "id")

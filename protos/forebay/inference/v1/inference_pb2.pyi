@@ -700,13 +700,13 @@ class TokenLogprob(google.protobuf.message.Message):
     DESCRIPTOR: google.protobuf.descriptor.Descriptor
 
     TOKEN_FIELD_NUMBER: builtins.int
-    TOKEN_BYTES_FIELD_NUMBER: builtins.int
+    RAW_BYTES_FIELD_NUMBER: builtins.int
     TOKEN_ID_FIELD_NUMBER: builtins.int
     LOGPROB_FIELD_NUMBER: builtins.int
     TOP_LOGPROBS_FIELD_NUMBER: builtins.int
     token: builtins.str
     """The token as text. Incomplete UTF-8 is replaced by U+FFFD."""
-    token_bytes: builtins.bytes
+    raw_bytes: builtins.bytes
     """The token's bytes, when known."""
     token_id: builtins.int
     """The token's identifier, when known."""
@@ -720,13 +720,13 @@ class TokenLogprob(google.protobuf.message.Message):
         self,
         *,
         token: builtins.str = ...,
-        token_bytes: builtins.bytes = ...,
+        raw_bytes: builtins.bytes = ...,
         token_id: builtins.int | None = ...,
         logprob: builtins.float = ...,
         top_logprobs: collections.abc.Iterable[Global___TopLogprob] | None = ...,
     ) -> None: ...
     def HasField(self, field_name: typing.Literal["_token_id", b"_token_id", "token_id", b"token_id"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["_token_id", b"_token_id", "logprob", b"logprob", "token", b"token", "token_bytes", b"token_bytes", "token_id", b"token_id", "top_logprobs", b"top_logprobs"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["_token_id", b"_token_id", "logprob", b"logprob", "raw_bytes", b"raw_bytes", "token", b"token", "token_id", b"token_id", "top_logprobs", b"top_logprobs"]) -> None: ...
     def WhichOneof(self, oneof_group: typing.Literal["_token_id", b"_token_id"]) -> typing.Literal["token_id"] | None: ...
 
 Global___TokenLogprob: typing_extensions.TypeAlias = TokenLogprob
@@ -738,12 +738,12 @@ class TopLogprob(google.protobuf.message.Message):
     DESCRIPTOR: google.protobuf.descriptor.Descriptor
 
     TOKEN_FIELD_NUMBER: builtins.int
-    TOKEN_BYTES_FIELD_NUMBER: builtins.int
+    RAW_BYTES_FIELD_NUMBER: builtins.int
     TOKEN_ID_FIELD_NUMBER: builtins.int
     LOGPROB_FIELD_NUMBER: builtins.int
     token: builtins.str
     """The token as text."""
-    token_bytes: builtins.bytes
+    raw_bytes: builtins.bytes
     """The token's bytes, when known."""
     token_id: builtins.int
     """The token's identifier, when known."""
@@ -753,12 +753,12 @@ class TopLogprob(google.protobuf.message.Message):
         self,
         *,
         token: builtins.str = ...,
-        token_bytes: builtins.bytes = ...,
+        raw_bytes: builtins.bytes = ...,
         token_id: builtins.int | None = ...,
         logprob: builtins.float = ...,
     ) -> None: ...
     def HasField(self, field_name: typing.Literal["_token_id", b"_token_id", "token_id", b"token_id"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["_token_id", b"_token_id", "logprob", b"logprob", "token", b"token", "token_bytes", b"token_bytes", "token_id", b"token_id"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["_token_id", b"_token_id", "logprob", b"logprob", "raw_bytes", b"raw_bytes", "token", b"token", "token_id", b"token_id"]) -> None: ...
     def WhichOneof(self, oneof_group: typing.Literal["_token_id", b"_token_id"]) -> typing.Literal["token_id"] | None: ...
 
 Global___TopLogprob: typing_extensions.TypeAlias = TopLogprob

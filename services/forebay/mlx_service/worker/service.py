@@ -594,7 +594,7 @@ class _Reply:
         spelled = self._spelling.bytes_of(written.token)
         entry = pb.TokenLogprob(
             token=spelled.decode(errors="replace"),
-            token_bytes=spelled,
+            raw_bytes=spelled,
             token_id=written.token,
             logprob=min(0.0, logprob),
         )
@@ -602,7 +602,7 @@ class _Reply:
             spelled = self._spelling.bytes_of(token)
             entry.top_logprobs.add(
                 token=spelled.decode(errors="replace"),
-                token_bytes=spelled,
+                raw_bytes=spelled,
                 token_id=token,
                 logprob=min(0.0, value),
             )
