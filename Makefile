@@ -69,7 +69,7 @@ live: $(VENV)/.dev ## Runs the contract on real servers named by FOREBAY_OLLAMA_
 polyglot: $(VENV)/.dev ## Builds the example clients in Go, Node, Java and Rust and runs them.
 	$(PYTEST) -m polyglot --timeout=1800 $(ARGS)
 
-soak: $(VENV)/.dev ## Runs the long simulations, fault and memory runs: two hours.
+soak: $(VENV)/.dev ## Runs the long simulations, fault and memory runs: an hour and a half.
 	$(PYTEST) -m soak -v -s --timeout=3600 $(ARGS)
 
 llama-server: $(VENV)/.dev ## Builds llama-server for the tests that use it: once, about ten minutes.

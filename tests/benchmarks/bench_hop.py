@@ -1,6 +1,7 @@
-"""What a hop costs: the same backend called directly and through the orchestrator, in turn, in one run.
+"""What a hop costs: the same backend called directly, through the orchestrator and through a bare relay.
 
-The backend is a scripted process, so that only the hop is measured. Ratios and
+All in turn, in one run. The backend is a scripted process, so that only the hop
+is measured, and the relay is grpc.aio with nothing of ours. Ratios and
 differences are printed and nothing is asserted: a shared machine has no opinion.
 
 Client, orchestrator and backend are three processes, and where they share two
@@ -11,6 +12,7 @@ orchestrator alone is printed too, and what one core could relay by it.
 from __future__ import annotations
 
 import asyncio
+import os
 import statistics
 import time
 from collections.abc import Awaitable, Callable
@@ -19,6 +21,8 @@ from pathlib import Path
 
 import psutil
 
+import bare_relay
+import forebay
 from forebay.inference.v1 import inference_pb2 as pb
 from forebay.inference.v1 import inference_pb2_grpc
 from forebay.kit.channel import connect
@@ -71,6 +75,12 @@ async def spent(process: psutil.Process, rounds: int, measure: Callable[[], Awai
     return (after.user + after.system - before.user - before.system) / rounds
 
 
+def _with_tests() -> dict[str, str]:
+    """Returns what lets a process find a module of the tests beside the project's own."""
+    places = (Path(bare_relay.__file__).parent, *(Path(path).parent for path in forebay.__path__))
+    return {"PYTHONPATH": os.pathsep.join(map(str, places))}
+
+
 async def test_the_hop(tmp_path: Path) -> None:
     async with ServiceProcess(
         "forebay.testing.scripted",
@@ -94,11 +104,14 @@ async def test_the_hop(tmp_path: Path) -> None:
         )
         async with (
             ServiceProcess("forebay.orchestrator", ["--config", str(config)]) as orchestrator,
+            ServiceProcess("bare_relay", [backend.address], environment=_with_tests()) as relay,
             connect(backend.address) as near,
             connect(orchestrator.address) as far,
+            connect(relay.address) as beside,
         ):
             direct = inference_pb2_grpc.InferenceServiceStub(near)
             relayed = inference_pb2_grpc.InferenceServiceStub(far)
+            bare = inference_pb2_grpc.InferenceServiceStub(beside)
             async with asyncio.timeout(30):
                 while not (await relayed.ListModels(pb.ListModelsRequest())).models:
                     await asyncio.sleep(0.05)
@@ -113,17 +126,24 @@ async def test_the_hop(tmp_path: Path) -> None:
                 await measure(direct), await measure(relayed)
                 pairs = [(await measure(direct), await measure(relayed)) for _ in range(rounds)]
                 a, b = (statistics.median(side) for side in zip(*pairs, strict=True))
+                # By itself: another process in the same turns would cost the others their caches.
+                await measure(bare)
+                pairs_bare = [(await measure(direct), await measure(bare)) for _ in range(rounds)]
+                c, d = (statistics.median(side) for side in zip(*pairs_bare, strict=True))
                 processor[name] = 1e6 * (
                     await spent(process, CALLS, partial(measure, relayed))
                     if unit
                     else await spent(process, 5, partial(measure, relayed)) / (STREAMS * TOKENS)
                 )
                 scale = 1000 if unit else 1
-                rows.append((name, a * scale, b * scale, statistics.median(y / x for x, y in pairs), unit))
-    print(f"\n{'':24}{'direct':>12}{'through':>12}{'ratio':>8}{'added':>12}")
-    for name, a, b, ratio, unit in rows:
-        added = f"{b - a:.2f} {unit}" if unit else ""
-        print(f"{name:24}{a:>12.2f}{b:>12.2f}{ratio:>8.2f}{added:>12}")
+                ratio = statistics.median(y / x for x, y in pairs)
+                rows.append((name, a * scale, b * scale, ratio, (d - c) * scale if unit else d, unit))
+    print(f"\n{'':24}{'direct':>12}{'through':>12}{'ratio':>8}{'added':>12}{'bare relay':>14}")
+    for name, a, b, ratio, relayed_bare, unit in rows:
+        added, plain = (
+            (f"{b - a:.2f} {unit}", f"{relayed_bare:.2f} {unit}") if unit else ("", f"{relayed_bare:.2f}")
+        )
+        print(f"{name:24}{a:>12.2f}{b:>12.2f}{ratio:>8.2f}{added:>12}{plain:>14}")
     print("\nprocessor time of the orchestrator")
     for name, micros in processor.items():
         each = "token" if name.startswith("tokens") else name.removesuffix(" call")
