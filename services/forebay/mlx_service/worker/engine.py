@@ -368,7 +368,7 @@ class Engine(ModelThread):
         self._restoring: Restoring[_Live] | None = None
         self._speculation = speculation
         # On the event loop:
-        self._outstanding = 0
+        self._tickets: set[Ticket] = set()  # of rows that are not over
         self.vocabulary_size = 0
         """Tokens that the model knows; 0 until it is loaded. It may be more than its tokenizer knows."""
         self._row_seconds = 1.0
@@ -410,7 +410,7 @@ class Engine(ModelThread):
             Draining: the engine stops.
         """
         self._check_running()
-        waiting = self._outstanding - self._rows
+        waiting = len(self._tickets) - self._rows
         wait = timedelta(
             seconds=round(min(max(self._row_seconds * (max(0, waiting) + 1) / self._rows, 0.5), 60.0), 1)
         )
@@ -426,16 +426,16 @@ class Engine(ModelThread):
             ticket, len(row.tokens) + row.most, in_use=self._memory_bytes - kept, retry_after=wait
         )
         self._prefix_room = self._ledger.room_for_prefixes
-        if not self._outstanding:
+        if not self._tickets:
             self._stepped_at = time.monotonic()  # it was idle, and from now on it has to move
-        self._outstanding += 1
+        self._tickets.add(ticket)
         self._commands.put(partial(self._add, ticket))
         return ticket
 
     def stats(self) -> EngineStats:
         """Returns what the engine is doing."""
         live = len(self._live)
-        age = time.monotonic() - self._stepped_at if live or self._outstanding else 0.0
+        age = time.monotonic() - self._stepped_at if live or self._tickets else 0.0
         return EngineStats(
             live=live,
             waiting=len(self._queue) + len(self._again) + len(self._restored),
@@ -528,7 +528,7 @@ class Engine(ModelThread):
         self._commands.put(partial(self._remove, ticket))
 
     def _release(self, ticket: Ticket) -> None:
-        self._outstanding -= 1
+        self._tickets.discard(ticket)
         self._ledger.release(ticket)
         self._prefix_room = self._ledger.room_for_prefixes
 
@@ -546,6 +546,10 @@ class Engine(ModelThread):
                 took = time.monotonic() - ticket.submitted_at
                 self._row_seconds += 0.2 * (took - self._row_seconds)
             ticket.tell(happening)
+
+    def _fail_late(self, failure: Failure) -> None:
+        """Ends the rows that came while the thread ended, too late for it to see them."""
+        self._deliver([(ticket, Over("failed", failure)) for ticket in self._tickets])
 
     # On the engine's thread
 
@@ -1007,6 +1011,10 @@ class Engine(ModelThread):
             self._is_pressing = False
             self._flushed_at = time.monotonic()
             self._post(self._deliver, news)
+
+    def _end(self, error: BaseException | None) -> None:
+        super()._end(error)
+        self._post(self._fail_late, why_ended(error))  # now that no other row can come
 
     def _let_go(self, error: BaseException | None) -> None:
         for ticket in [live.ticket for live in (*self._live.values(), *self._again, *self._restored)] + [
