@@ -106,7 +106,7 @@ class Fleet:
 
     def snapshot(self) -> list[EndpointView]:
         """Returns every backend as it is now."""
-        return [member.endpoint.view() for member in self._members.values()]
+        return [endpoint.view() for endpoint in self]
 
     def service(self, name: str) -> Service:
         """Returns the stack of a backend."""

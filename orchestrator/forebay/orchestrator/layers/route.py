@@ -184,8 +184,6 @@ class _Check:
             )
 
     def _is_allowed(self, answered: str) -> bool:
-        if answered == self._chosen.spelling:
-            return True
         named = (self._chosen.spelling, *self._request.routing.fallback_models)
         return any(is_same(name, answered, self._chosen.endpoint.models) for name in named)
 

@@ -547,8 +547,7 @@ class Engine(ModelThread):
                 self._row_seconds += 0.2 * (took - self._row_seconds)
             ticket.tell(happening)
 
-    def _fail_late(self, failure: Failure) -> None:
-        """Ends the rows that came while the thread ended, too late for it to see them."""
+    def _fail_rest(self, failure: Failure) -> None:
         self._deliver([(ticket, Over("failed", failure)) for ticket in self._tickets])
 
     # On the engine's thread
@@ -1011,10 +1010,6 @@ class Engine(ModelThread):
             self._is_pressing = False
             self._flushed_at = time.monotonic()
             self._post(self._deliver, news)
-
-    def _end(self, error: BaseException | None) -> None:
-        super()._end(error)
-        self._post(self._fail_late, why_ended(error))  # now that no other row can come
 
     def _let_go(self, error: BaseException | None) -> None:
         for ticket in [live.ticket for live in (*self._live.values(), *self._again, *self._restored)] + [

@@ -94,6 +94,10 @@ class ModelThread(ABC):
             else:
                 future.set_exception(error)
 
+    @abstractmethod
+    def _fail_rest(self, failure: Failure) -> None:
+        """Ends what is not over. Called when the thread has ended and nothing more can come."""
+
     # On the thread
 
     @abstractmethod
@@ -141,6 +145,8 @@ class ModelThread(ABC):
         mx.clear_cache()
         leave_thread()
         self._post(self._finish, self._ended, None)
+        # What came while the thread ended came too late for it to see.
+        self._post(self._fail_rest, why_ended(error))
 
 
 def why_ended(error: BaseException | None) -> Failure:

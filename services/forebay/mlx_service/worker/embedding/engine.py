@@ -22,7 +22,7 @@ from typing import TypeAlias
 from forebay.kit.failure import BackendError, DeadlineExceeded, Failure, QueueFull
 from forebay.mlx_service.worker.embedding.batcher import Batcher, Pending, padded
 from forebay.mlx_service.worker.memory import read_memory
-from forebay.mlx_service.worker.model_thread import ModelThread, why_ended
+from forebay.mlx_service.worker.model_thread import ModelThread
 from forebay.mlx_service.worker.runtime import mx
 from forebay.mlx_service.worker.sampling import Array
 
@@ -233,7 +233,7 @@ class EmbeddingEngine(ModelThread):
         for job, news in results:
             job.tell(news)
 
-    def _fail_all(self, failure: Failure) -> None:
+    def _fail_rest(self, failure: Failure) -> None:
         for job in self._jobs:
             job.fail(failure)
 
@@ -392,10 +392,6 @@ class EmbeddingEngine(ModelThread):
         if hasattr(self, "_embed"):
             del self._embed
         self._streams.clear()
-
-    def _end(self, error: BaseException | None) -> None:
-        super()._end(error)
-        self._post(self._fail_all, why_ended(error))  # now that no other job can come
 
 
 def _cores() -> int:
