@@ -235,7 +235,7 @@ async def test_waiting_replies_are_told_their_place_and_served_by_urgency(tmp_pa
             first = tasks.create_task(run("first", 1900, pb.PRIORITY_UNSPECIFIED, Reply()))
             await until(lambda: tiny.engine.stats().live == 1)
             tasks.create_task(run("batch", 2, pb.PRIORITY_BATCH, waiting))
-            await until(lambda: tiny.engine.stats().waiting == 1)
+            await until(lambda: tiny.engine.stats().waiting == 1 and places(waiting) == [0])
             tasks.create_task(run("urgent", 2, pb.PRIORITY_INTERACTIVE, Reply()))
             await until(lambda: tiny.engine.stats().waiting == 2)
             with pytest.raises(QueueFull) as caught:
